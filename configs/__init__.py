@@ -1,0 +1,1 @@
+"""Settings of a run: `configs.schema` says what there is, `configs.load` reads YAML and the command line."""

@@ -1,0 +1,279 @@
+"""Typed configuration: every setting of a run, its default, its meaning and its check.
+
+One frozen dataclass a section; `RunConfig` holds them all. YAML files and `--set section.field=value` are read
+by `configs.load`. A check that needs more than its own section lives in `RunConfig.__post_init__`; a check that
+needs the data or the hardware lives where those are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A setting is missing, unknown or out of range; the message says which, what was got, and what is expected."""
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the records lie and how they reach the ranks."""
+
+    path: str = ""
+    """Folder with train.rec, train.idx and property."""
+    backend: Literal["auto", "dali", "cpu"] = "auto"
+    """Loader; both give the same batches. auto: DALI on GPUs, the threaded CPU loader otherwise."""
+    threads: int = 4
+    """Decoding threads of each rank."""
+    prefetch: int = 4
+    """Batches decoded ahead on each rank."""
+    flip: bool = True
+    """Mirror half of the images."""
+    max_bad_images: int = 100
+    """Images that do not decode are skipped and counted; all ranks stop together above this many."""
+
+    def __post_init__(self) -> None:
+        _require(self.backend in ("auto", "dali", "cpu"), "data.backend", self.backend, "auto, dali or cpu")
+        _require(self.threads >= 1, "data.threads", self.threads, "at least 1")
+        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+        _require(self.max_bad_images >= 0, "data.max_bad_images", self.max_bad_images, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The network that turns a face into an embedding."""
+
+    backbone: str = "iresnet50"
+    """A name of `backbones.names()`."""
+    embedding_size: int = 512
+    """D, components of an embedding."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.backbone), "model.backbone", self.backbone, "a name of backbones.names()")
+        _require(self.embedding_size >= 2, "model.embedding_size", self.embedding_size, "at least 2")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadConfig:
+    """The sharded margin softmax over class centres (Partial FC)."""
+
+    loss: Literal["arcface", "cosface"] = "arcface"
+    """arcface: cos(theta + m), m in radians. cosface: cos(theta) - m."""
+    margin: float = 0.5
+    """m0, the margin of every class until clusters guide it; their sample-weighted mean stays m0."""
+    scale: float = 64.0
+    """s, the logits' scale; 30 suits fewer than some thousand classes."""
+    sample_rate: float = 1.0
+    """Share of a rank's class centres that takes part in a step; positives always do."""
+    chunk_classes: int = 0
+    """Class centres handled at a time; 0 chooses by batch size."""
+
+    def __post_init__(self) -> None:
+        _require(self.loss in ("arcface", "cosface"), "head.loss", self.loss, "arcface or cosface")
+        _require(0 <= self.margin < 1.5, "head.margin", self.margin, "0 <= margin < 1.5")
+        _require(0 < self.scale <= 512, "head.scale", self.scale, "0 < scale <= 512")
+        _require(0 < self.sample_rate <= 1, "head.sample_rate", self.sample_rate, "0 < sample_rate <= 1")
+        _require(self.chunk_classes >= 0, "head.chunk_classes", self.chunk_classes, "0 (automatic) or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusteringConfig:
+    """The cluster service: k-means beside the training, margins, contrastive and alignment losses (docs/method.md)."""
+
+    enabled: bool = True
+    """False gives plain ArcFace or CosFace."""
+    extra_clusters: float = 0.15
+    """E / C: clusters beyond one for each class, seeded at the worst-fitted samples."""
+    iterations: int = 3
+    """Lloyd iterations of one refresh (warm-started)."""
+    refresh_epochs: float = 1.0
+    """Epochs between the starts of two refreshes."""
+    refresh_span: float = 0.5
+    """Share of that interval over which a refresh is spread, slice by slice."""
+    block: int = 4096
+    """Samples a slice assigns at a time."""
+    centre_momentum: float = 0.9
+    """Moving average of the cluster centres between refreshes."""
+    hard_level_momentum: float = 0.5
+    """Moving average of the hard level over refreshes."""
+    shrinkage: float = 5.0
+    """a: pseudo-samples that pull the hard level of a small class to the mean."""
+    purity_weight: float = 0.7
+    """Weight of 1 - F in the hard level; the rest goes to 1 - rho, the spread within the class."""
+    noise_gate: bool = True
+    """Leave samples that look mislabelled out of hard level, centres and contrastive loss."""
+    warmup_fraction: float = 0.2
+    """Share of all steps trained as plain ArcFace."""
+    ramp_fraction: float = 0.1
+    """Share of all steps over which the cluster terms then grow linearly to full weight."""
+    direction: Literal[-1, 0, 1] = 1
+    """+1: harder classes get larger margins; -1: smaller; 0: one margin for all."""
+    margin_delta: float = 0.1
+    """Delta, the largest shift of a class margin before it is clipped and centred."""
+    margin_low: float = 0.35
+    """Smallest class margin; also the margin of samples that look mislabelled."""
+    margin_high: float = 0.65
+    """Largest class margin."""
+    temperature: float = 0.1
+    """tau of the contrastive loss."""
+    contrastive_weight: float = 0.5
+    """lambda_scc: pull features to their cluster centre."""
+    alignment_weight: float = 0.1
+    """lambda_al: align class centres with their cluster centres."""
+
+    def __post_init__(self) -> None:
+        at = "clustering."
+        _require(0 <= self.extra_clusters <= 4, at + "extra_clusters", self.extra_clusters, "0 to 4")
+        _require(self.iterations >= 1, at + "iterations", self.iterations, "at least 1")
+        _require(self.refresh_epochs > 0, at + "refresh_epochs", self.refresh_epochs, "more than 0")
+        _require(0 < self.refresh_span <= 1, at + "refresh_span", self.refresh_span, "0 < span <= 1")
+        _require(self.block >= 1, at + "block", self.block, "at least 1")
+        for name in ("centre_momentum", "hard_level_momentum"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, at + name, value, "0 <= momentum < 1")
+        _require(self.shrinkage >= 0, at + "shrinkage", self.shrinkage, "0 or more")
+        for name in ("purity_weight", "warmup_fraction", "ramp_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, at + name, value, "0 to 1")
+        _require(self.direction in (-1, 0, 1), at + "direction", self.direction, "-1, 0 or 1")
+        _require(self.margin_delta >= 0, at + "margin_delta", self.margin_delta, "0 or more")
+        _require(
+            0 <= self.margin_low <= self.margin_high < 1.5,
+            at + "margin_low, margin_high",
+            (self.margin_low, self.margin_high),
+            "0 <= margin_low <= margin_high < 1.5",
+        )
+        _require(
+            self.temperature > 0.02,
+            at + "temperature",
+            self.temperature,
+            "more than 0.02 (exp(1/tau) must fit float32)",
+        )
+        for name in ("contrastive_weight", "alignment_weight"):
+            value = getattr(self, name)
+            _require(value >= 0, at + name, value, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    """Peak learning rate for `reference_batch` images a step; scaled linearly to the batch in use."""
+    reference_batch: int = 512
+    """Global batch for which lr is meant; 0 takes lr as it is."""
+    momentum: float = 0.9
+    """SGD's momentum, or AdamW's beta1."""
+    weight_decay: float = 5e-4
+    schedule: Literal["polynomial", "cosine"] = "polynomial"
+    """Decay after the warm-up: polynomial of power 2, or half a cosine; both end at 0."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear growth from 0 to the peak."""
+    clip_norm: float = 5.0
+    """Largest norm of the backbone's gradient; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        _require(self.name in ("sgd", "adamw"), "optim.name", self.name, "sgd or adamw")
+        _require(self.lr > 0, "optim.lr", self.lr, "more than 0")
+        _require(self.reference_batch >= 0, "optim.reference_batch", self.reference_batch, "0 or more")
+        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 <= momentum < 1")
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(
+            self.schedule in ("polynomial", "cosine"), "optim.schedule", self.schedule, "polynomial or cosine"
+        )
+        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length, batch, precision, and what is written when."""
+
+    output: str = "runs/default"
+    """Folder for checkpoints, TensorBoard logs and results."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: CUDA where there is a GPU for each rank, else the CPU."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: the backbone and the head's products run under autocast."""
+    epochs: int = 20
+    batch_size: int = 128
+    """Images a rank takes in one micro-batch."""
+    accumulation: int = 1
+    """Micro-batches a rank adds up before one optimizer step."""
+    seed: int = 2048
+    cpu_threads: int = 0
+    """Threads of a rank for arithmetic on the CPU; 0 shares the cores among the host's ranks."""
+    log_steps: int = 50
+    """Optimizer steps between two lines of the log."""
+    histogram_steps: int = 500
+    """Optimizer steps between two sets of margin and hard-level histograms."""
+    checkpoint_steps: int = 0
+    """Optimizer steps between two checkpoints; 0 writes one an epoch."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    resume: bool = True
+    """Continue from the newest checkpoint in `output`, if there is one."""
+    stop_after_steps: int = 0
+    """End cleanly after this many optimizer steps, with a checkpoint; 0 trains to the end."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.output), "train.output", self.output, "a folder")
+        _require(self.device in ("auto", "cuda", "cpu"), "train.device", self.device, "auto, cuda or cpu")
+        _require(self.precision in ("fp32", "bf16"), "train.precision", self.precision, "fp32 or bf16")
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulation",
+            "log_steps",
+            "histogram_steps",
+            "keep_checkpoints",
+        ):
+            value = getattr(self, name)
+            _require(value >= 1, "train." + name, value, "at least 1")
+        for name in ("seed", "cpu_threads", "checkpoint_steps", "stop_after_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, "train." + name, value, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Verification while training."""
+
+    sets: tuple[str, ...] = ()
+    """Verification sets (.bin), absolute or relative to data.path."""
+    every_epochs: float = 1.0
+    """Epochs between two evaluations; one more is made at the end."""
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        _require(self.every_epochs > 0, "eval.every_epochs", self.every_epochs, "more than 0")
+        _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """All settings of a run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        c = self.clustering
+        if c.enabled:
+            _require(
+                c.margin_low <= self.head.margin <= c.margin_high,
+                "head.margin",
+                self.head.margin,
+                f"within clustering.margin_low … margin_high ({c.margin_low} … {c.margin_high})",
+            )

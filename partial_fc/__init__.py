@@ -1,0 +1,1 @@
+"""Margin softmax over class centres sharded across ranks (Partial FC)."""
