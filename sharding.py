@@ -31,9 +31,7 @@ def shard_of(rank: int, world_size: int, total: int) -> Shard:
     Raises ValueError when `rank` is not in [0, world_size) or a count is negative.
     """
     if world_size < 1 or total < 0 or not 0 <= rank < world_size:
-        raise ValueError(
-            f"expected 0 <= rank < world_size and total >= 0, got {rank=}, {world_size=}, {total=}"
-        )
+        raise ValueError(f"expected 0 <= rank < world_size and total >= 0, got {rank=}, {world_size=}, {total=}")
     base, extra = divmod(total, world_size)
     start = rank * base + min(rank, extra)
     return Shard(start, start + base + (rank < extra))

@@ -184,9 +184,7 @@ class OptimConfig:
         _require(self.reference_batch >= 0, "optim.reference_batch", self.reference_batch, "0 or more")
         _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 <= momentum < 1")
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        _require(
-            self.schedule in ("polynomial", "cosine"), "optim.schedule", self.schedule, "polynomial or cosine"
-        )
+        _require(self.schedule in ("polynomial", "cosine"), "optim.schedule", self.schedule, "polynomial or cosine")
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "0 or more")
 

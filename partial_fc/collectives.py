@@ -66,9 +66,7 @@ class _PackedGather(torch.autograd.Function):
         return grad_BD, None, None
 
 
-def gather_batch(
-    x_BD: Tensor, labels_B: Tensor, sample_ids_B: Tensor, group: dist.ProcessGroup
-) -> GatheredBatch:
+def gather_batch(x_BD: Tensor, labels_B: Tensor, sample_ids_B: Tensor, group: dist.ProcessGroup) -> GatheredBatch:
     """Every rank's rows on every rank, by one all-gather; backward runs one reduce-scatter (sum).
 
     x_BD: float32 unit embeddings. labels_B, sample_ids_B: int64. B must be the same on all ranks. Through
@@ -93,9 +91,7 @@ def gather_batch(
     return GatheredBatch(x_ND, meta_N2[:, 0].contiguous(), meta_N2[:, 1].contiguous(), group)
 
 
-def all_reduce_(
-    tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-) -> Tensor:
+def all_reduce_(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce `tensor` over the group in place and return it. One all-reduce, none on one rank; no autograd."""
     if dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=op, group=group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ def initial_centres(start: int, stop: int, dim: int, seed: int) -> Tensor:
     """Normal(0, 0.01) rows for classes [start, stop): a pure function of (seed, class), float32 (stop-start, D)."""
     parts = [torch.empty(0, dim)]
     for block in range(start // _INIT_BLOCK, -(-stop // _INIT_BLOCK)):
-        generator = torch.Generator().manual_seed((seed << 32) + block)
+        # The CPU generator takes 32 bits of its seed only: hash seed and block into them.
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1)[0]))
         rows = torch.randn(_INIT_BLOCK, dim, generator=generator) * _INIT_STD
         first = block * _INIT_BLOCK
         parts.append(rows[max(start - first, 0) : stop - first])
@@ -48,9 +50,7 @@ class PartialFCHead(nn.Module):
     ) -> None:
         super().__init__()
         if num_classes < 2:
-            raise ValueError(
-                f"a softmax needs at least 2 classes, got {num_classes}: check the data's labels"
-            )
+            raise ValueError(f"a softmax needs at least 2 classes, got {num_classes}: check the data's labels")
         self.num_classes, self.config, self.group, self.seed = num_classes, config, group, seed
         self.shard = shard_of(dist.get_rank(group), dist.get_world_size(group), num_classes)
         self.weight = nn.Parameter(initial_centres(self.shard.start, self.shard.stop, embedding_size, seed))

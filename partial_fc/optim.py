@@ -37,9 +37,7 @@ def _put(tensor: Tensor, rows: Tensor | None, values: Tensor) -> None:
 class CentreSGD(torch.optim.Optimizer):
     """SGD with momentum and L2 decay: v = momentum v + g + decay w; w -= lr v, on the gradient's rows only."""
 
-    def __init__(
-        self, params: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float
-    ) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -51,12 +49,7 @@ class CentreSGD(torch.optim.Optimizer):
                 rows, grad = _rows(p.grad)
                 w = _take(p, rows)
                 velocity = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                v = (
-                    _take(velocity, rows)
-                    .mul(group["momentum"])
-                    .add_(grad)
-                    .add_(w, alpha=group["weight_decay"])
-                )
+                v = _take(velocity, rows).mul(group["momentum"]).add_(grad).add_(w, alpha=group["weight_decay"])
                 _put(velocity, rows, v)
                 _put(p, rows, w.sub(v, alpha=group["lr"]))
 

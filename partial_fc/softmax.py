@@ -94,9 +94,7 @@ class _Tiles:
         inverse_c1 = raw_cD.norm(dim=1, keepdim=True).clamp_min(_MIN_NORM).reciprocal()
         return raw_cD * inverse_c1, inverse_c1
 
-    def exponentials(
-        self, w_cD: Tensor, start: int, at_target_N: Tensor | None, by_N: Tensor | None
-    ) -> Tensor:
+    def exponentials(self, w_cD: Tensor, start: int, at_target_N: Tensor | None, by_N: Tensor | None) -> Tensor:
         """exp(s cos - shift) (N, c), times by_N a row if given; targets' columns hold at_target_N (0 if None)."""
         tile_Nc = _product(self.x_ND, w_cD.T, self.settings.product_dtype)
         tile_Nc.mul_(self.settings.scale)
@@ -153,33 +151,33 @@ class _StreamingSoftmax(torch.autograd.Function):
         odds_N = other_N.log() + tiles.shift - logit_N  # log of (other classes : target)
         miss_N = odds_N.sigmoid()  # probability that is not the target's
         over_sum_N = torch.where(other_N > 0, settings.scale * miss_N / other_N, zero_N)
-        ctx.tiles = tiles
+        ctx.settings = settings
         # By row: d loss / d x = over_sum * U - miss * slope * w_y, kept whole for backward.
         dx_ND = None
         if u_ND is not None:
             dx_ND = u_ND.mul_(over_sum_N[:, None]).sub_((miss_N * slope_N)[:, None] * target_ND)
-        ctx.save_for_backward(over_sum_N, -miss_N * slope_N, dx_ND)
+        ctx.save_for_backward(x_ND, w_CD, rows_S, target_N, over_sum_N, -miss_N * slope_N, dx_ND)
         return torch.nn.functional.softplus(odds_N)
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        over_sum_N, at_target_N, dx_ND = ctx.saved_tensors
-        tiles: _Tiles = ctx.tiles
+        x_ND, w_CD, rows_S, target_N, over_sum_N, at_target_N, dx_ND = ctx.saved_tensors
         grad_x_ND = None if dx_ND is None else dx_ND * grad_N[:, None]
         grad_w: Tensor | None = None
         if ctx.needs_input_grad[1]:
-            grad_SD = tiles.w_CD.new_empty(tiles.size, tiles.w_CD.shape[1])
+            tiles = _Tiles(x_ND, w_CD, rows_S, target_N, ctx.settings)
+            grad_SD = w_CD.new_empty(tiles.size, w_CD.shape[1])
             for start in tiles.starts():
                 w_cD, inverse_c1 = tiles.centres(start)
                 g_Nc = tiles.exponentials(w_cD, start, at_target_N * grad_N, over_sum_N * grad_N)
-                d_cD = _product(g_Nc.T, tiles.x_ND, tiles.settings.product_dtype)
+                d_cD = _product(g_Nc.T, x_ND, ctx.settings.product_dtype)
                 # Through w / |w|: the part along w has no effect, the rest shrinks with |w|.
                 d_cD.sub_((d_cD * w_cD).sum(1, keepdim=True) * w_cD).mul_(inverse_c1)
                 grad_SD[start : start + w_cD.shape[0]] = d_cD
             grad_w = grad_SD
-            if tiles.rows_S is not None:
+            if rows_S is not None:
                 grad_w = torch.sparse_coo_tensor(
-                    tiles.rows_S[None], grad_SD, tiles.w_CD.shape, is_coalesced=True, check_invariants=False
+                    rows_S[None], grad_SD, w_CD.shape, is_coalesced=True, check_invariants=False
                 )
         return grad_x_ND, grad_w, None, None, None, None, None
 
