@@ -1,0 +1,43 @@
+"""Package metadata: what clusterface consists of and what it needs. Exact versions stand in constraints.txt."""
+
+from __future__ import annotations
+
+from setuptools import find_packages, setup
+
+_PACKAGES = ["configs", "data", "backbones", "partial_fc", "clustering", "training", "evaluation"]
+
+setup(
+    name="clusterface",
+    version="0.1.0",
+    description="Distributed face recognition training: Partial FC beside supervised contrastive clustering",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=[pattern for name in _PACKAGES for pattern in (name, f"{name}.*")]),
+    package_data={"configs": ["*.yaml"]},
+    py_modules=["sharding", "train_dist"],
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=2.0",
+        "scipy>=1.13",
+        "simplejpeg>=1.8",
+        "opencv-python-headless>=4.10",
+        "pillow>=11",
+        "PyYAML>=6",
+        "rich>=13",
+        "matplotlib>=3.9",
+        "tensorboard>=2.18",
+    ],
+    extras_require={
+        "dali": ["nvidia-dali-cuda130>=2.0; platform_system == 'Linux'"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pre-commit",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "types-PyYAML",
+        ],
+    },
+)

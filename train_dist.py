@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Train a face recognition model by margin softmax and cluster guidance, on one process or many.
+
+    torchrun --nproc_per_node=8 train_dist.py --config configs/ms1mv3_r50.yaml --set data.path=/data/ms1m
+    python train_dist.py --config configs/demo.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.load import load_config
+from configs.schema import ConfigError
+from training.distributed import open_ranks
+from training.trainer import USER_ERRORS, Trainer
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="recipe, one of configs/*.yaml")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="change one setting of the recipe; may be given many times (configs/schema.py lists all settings)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when the run ended as asked, 2 when a setting or the data are not as expected (one line says what)."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    args = parse(arguments)
+    try:
+        config = load_config(args.config, args.set)
+        with open_ranks(config.train) as ranks:
+            try:
+                Trainer(config, ranks).run()
+            except USER_ERRORS as error:
+                if ranks.first_to_say(str(error)):  # one line, though every rank meets the same error
+                    print(f"error: {error}", file=sys.stderr)
+                return 2
+    except ConfigError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

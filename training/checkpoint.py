@@ -1,0 +1,132 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, on the same number of ranks.
+
+    <output>/checkpoints/step_000001200/rank_0.pt rank_1.pt …   and   <output>/checkpoints/latest
+
+Every rank writes what it alone holds (class centres, their momentum, bank, cluster state, random state); rank 0
+adds what all share. A checkpoint is written under a temporary name, brought to the disk, renamed, and only then
+named by `latest`: a run that dies while saving leaves the former checkpoint whole.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.distributed import Ranks
+
+_LATEST = "latest"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing a part, damaged, or belongs to another kind of run."""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class CheckpointFolder:
+    """Writes, finds, reads and prunes the checkpoints of one run."""
+
+    def __init__(self, output: Path, ranks: Ranks, keep: int) -> None:
+        self.folder, self.ranks, self.keep = output / "checkpoints", ranks, keep
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write this rank's state; the checkpoint counts once all ranks have. Two barriers."""
+        final = self.folder / f"step_{step:09d}"
+        partial = final.with_suffix(".partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        part = partial / f"rank_{self.ranks.rank}.pt"
+        with part.open("wb") as file:
+            torch.save({"world_size": self.ranks.world_size, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        self.ranks.barrier()
+        if self.ranks.is_main:
+            shutil.rmtree(final, ignore_errors=True)  # the same step, written by a run that was resumed before it
+            _sync(partial)
+            partial.rename(final)
+            self._point_latest_at(final)
+            self._prune()
+        self.ranks.barrier()
+        return final
+
+    def _point_latest_at(self, final: Path) -> None:
+        new = self.folder / f"{_LATEST}.new"
+        new.write_text(final.name + "\n", encoding="utf-8")
+        _sync(new)
+        new.replace(self.folder / _LATEST)
+        _sync(self.folder)
+
+    def _prune(self) -> None:
+        for partial in self.folder.glob("step_*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        whole = sorted(path for path in self.folder.glob("step_*") if path.is_dir())
+        for old in whole[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def latest(self) -> Path | None:
+        """Folder that `latest` names, or None when there is no checkpoint yet."""
+        pointer = self.folder / _LATEST
+        if not pointer.is_file():
+            return None
+        name = pointer.read_text(encoding="utf-8").strip()
+        path = self.folder / name
+        if Path(name).name != name or not path.is_dir():
+            raise CheckpointError(
+                f"{pointer}: names {name!r}, which is not a checkpoint beside it: write the name of an existing "
+                "step_… folder into it, or use --set train.resume=false"
+            )
+        return path
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """This rank's state. Raises CheckpointError when it does not fit this run or is damaged. No collective."""
+        part = path / f"rank_{self.ranks.rank}.pt"
+        found = len(list(path.glob("rank_*.pt")))
+        if found != self.ranks.world_size:
+            raise CheckpointError(
+                f"{path}: was written by {found} ranks, this run has {self.ranks.world_size}: "
+                f"start it with {found} ranks, or use --set train.resume=false or another train.output"
+            )
+        try:
+            state: dict[str, Any] = torch.load(part, map_location="cpu", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{part}: damaged or not a checkpoint ({str(error).splitlines()[0]}): "
+                f"write the name of an older step_… folder into {path.parent / _LATEST}"
+            ) from None
+        return state
+
+
+# A checkpoint may be continued with other values of these; a change of anything else makes it another run.
+_FREE_TO_CHANGE = {
+    "train": {"output", "resume", "stop_after_steps", "log_steps", "histogram_steps", "checkpoint_steps",
+              "keep_checkpoints", "cpu_threads"},
+    "data": {"path", "backend", "threads", "prefetch", "max_bad_images"},
+    "eval": {"sets", "every_epochs", "batch_size"},
+}  # fmt: skip
+
+
+def refuse_another_run(path: Path, saved: dict[str, dict[str, Any]], mine: dict[str, dict[str, Any]]) -> None:
+    """Raise CheckpointError, naming the first setting that differs, unless `saved` and `mine` are the same run.
+
+    Both: settings by section and name, as `configs.load.to_dict` gives them, with any further facts that must
+    agree (classes, samples) as a section of their own.
+    """
+    for section, values in mine.items():
+        for key, now in values.items():
+            was = saved.get(section, {}).get(key)
+            if was != now and key not in _FREE_TO_CHANGE.get(section, ()):
+                raise CheckpointError(
+                    f"{path}: was written with {section}.{key} = {was!r}, this run has {now!r}: set it back, choose "
+                    "another train.output, or start over with --set train.resume=false"
+                )

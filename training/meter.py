@@ -1,0 +1,76 @@
+"""Means over the steps between two lines of the log, read from the device once a line."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partial_fc.collectives import all_reduce_
+from training.distributed import Ranks
+from training.step import StepValues
+from training.timing import Stopwatch
+
+_NAMES = ("loss/total", "loss/margin", "loss/contrastive", "loss/alignment", "optim/gradient_norm")
+
+
+class Meter:
+    """Adds up step values on the device, and time on this rank."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._sums = torch.zeros(len(_NAMES), device=ranks.device)
+        self._unusable = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self.data_wait = Stopwatch(torch.device("cpu"))
+        self._steps = 0
+        self._since = time.perf_counter()
+
+    def add(self, values: StepValues) -> None:
+        self._sums += torch.stack(
+            [values.total, values.margin, values.contrastive, values.alignment, values.gradient_norm]
+        )
+        self._unusable += values.unusable_rows
+        self._steps += 1
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time spent in here (evaluation, checkpoints) does not count as training."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+    @property
+    def unusable(self) -> Tensor:
+        """Rows without a label since the run began: a float64 scalar on the device, equal on all ranks."""
+        return self._unusable
+
+    def take(self, head_time: Stopwatch, global_batch: int) -> dict[str, float]:
+        """Scalars by their TensorBoard names, means over the steps since the last call; then start again.
+
+        Times are those of the slowest rank. One all-reduce; waits for the GPU.
+        """
+        means = (self._sums / self._steps).tolist()
+        seconds = torch.tensor(
+            [time.perf_counter() - self._since, self.data_wait.take(), head_time.take()],
+            dtype=torch.float64,
+            device=self._ranks.device,
+        )
+        elapsed, wait, head = all_reduce_(seconds, self._ranks.group, dist.ReduceOp.MAX).tolist()
+        rate = global_batch * self._steps / elapsed
+        values = dict(zip(_NAMES, means, strict=True))
+        values |= {
+            "throughput/images_per_second": rate,
+            "throughput/images_per_second_per_rank": rate / self._ranks.world_size,
+            "time/step_ms": 1000 * elapsed / self._steps,
+            "time/data_wait_ms": 1000 * wait / self._steps,
+            "time/head_ms": 1000 * head / self._steps,
+            "data/images_that_did_not_decode": self._unusable.item(),
+        }
+        self._sums.zero_()
+        self._steps = 0
+        self._since = time.perf_counter()
+        return values

@@ -1,0 +1,284 @@
+"""The run: build everything from the configuration, train, evaluate, save, and say how it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones import build_backbone
+from clustering.service import ClusterService
+from configs.load import to_dict, to_yaml
+from configs.schema import ConfigError, RunConfig
+from data.batch import Batch
+from data.loader import build_loader
+from data.records import RecordSet
+from partial_fc.collectives import all_reduce_
+from partial_fc.head import PartialFCHead
+from training.checkpoint import CheckpointFolder, refuse_another_run
+from training.distributed import Ranks, data_parallel
+from training.meter import Meter
+from training.metrics import HISTOGRAM_BINS, RunLog, count_histogram
+from training.optim import build_optimizers, learning_rate
+from training.step import TrainStep
+from training.verify import Verification
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to do."""
+
+
+class Trainer:
+    """One run on this rank. `run` trains to the end, or to `train.stop_after_steps`."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        train = config.train
+        self.output = Path(train.output)
+        self._prepare_output()
+        if not config.data.path:
+            raise ConfigError("data.path: expected the folder that holds train.rec, got nothing: use --set data.path=…")
+        self.records = RecordSet.open(Path(config.data.path))
+        self.loader = build_loader(
+            self.records,
+            batch_size=train.batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            seed=train.seed,
+            backend=config.data.backend,
+            device=ranks.device,
+            threads=config.data.threads,
+            prefetch=config.data.prefetch,
+            flip=config.data.flip,
+        )
+        self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulation
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"train.accumulation: expected at most the epoch's {self.loader.steps_per_epoch} batches, "
+                f"got {train.accumulation}"
+            )
+        self.total_steps = self.steps_per_epoch * train.epochs
+        self.global_batch = train.batch_size * train.accumulation * ranks.world_size
+        torch.manual_seed(train.seed)  # the same weights on all ranks
+        try:
+            backbone = build_backbone(config.model.backbone, embedding_size=config.model.embedding_size)
+        except ValueError as error:
+            raise ConfigError(f"model.backbone: {error}") from None
+        torch.manual_seed(train.seed + 1 + ranks.rank)  # dropout and the like differ
+        self.backbone = data_parallel(backbone.to(ranks.device), ranks)
+        self.head = PartialFCHead(
+            num_classes=self.records.num_classes,
+            embedding_size=config.model.embedding_size,
+            config=config.head,
+            group=ranks.group,
+            seed=train.seed,
+            product_dtype=torch.bfloat16 if train.precision == "bf16" and ranks.device.type == "cuda" else torch.float32,
+        ).to(ranks.device)
+        self.service = self._build_service() if config.clustering.enabled else None
+        self.optimizers = build_optimizers(self.backbone.parameters(), self.head.parameters(), config.optim)
+        self.train_step = TrainStep(
+            backbone=self.backbone,
+            head=self.head,
+            service=self.service,
+            optimizers=self.optimizers,
+            config=config,
+            device=ranks.device,
+        )
+        self.verification = Verification(config, ranks)
+        self.checkpoints = CheckpointFolder(self.output, ranks, train.keep_checkpoints)
+        self.step = 0
+        self.meter = Meter(ranks)
+        self._resume()
+
+    def _build_service(self) -> ClusterService:
+        return ClusterService(
+            labels=self.records.labels,
+            num_classes=self.records.num_classes,
+            dim=self.config.model.embedding_size,
+            group=self.ranks.group,
+            device=self.ranks.device,
+            config=self.config.clustering,
+            margin=self.config.head.margin,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+
+    def _prepare_output(self) -> None:
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            probe = self.output / f".writable_{self.ranks.rank}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"train.output: cannot write to {self.output} ({error.strerror}): choose another with --set train.output=…"
+            ) from None
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        records = {"classes": self.records.num_classes, "samples": self.records.num_samples}
+        return {"records": records, **to_dict(self.config)}
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "settings": self._settings(),
+            "head": self.head.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "backbone": self.backbone.module.state_dict(),
+            "service": None if self.service is None else self.service.state_dict(),
+            "unusable": self.meter.unusable,
+            "random": torch.get_rng_state(),
+        }
+        if self.ranks.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.ranks.device)
+        return state
+
+    def _resume(self) -> None:
+        path = self.checkpoints.latest() if self.config.train.resume else None
+        if path is None:
+            return
+        state = self.checkpoints.load(path)
+        refuse_another_run(path, state["settings"], self._settings())
+        self.backbone.module.load_state_dict(state["backbone"])
+        self.head.load_state_dict(state["head"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.service is not None:
+            self.service.load_state_dict(state["service"])
+        self.meter.unusable.copy_(state["unusable"])
+        torch.set_rng_state(state["random"])
+        if self.ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"], self.ranks.device)
+        self.step = state["step"]
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.step, self._state())
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, evaluating, saving and logging on the way. Raises TrainingError when it cannot go on."""
+        train = self.config.train
+        last = min(self.total_steps, train.stop_after_steps or self.total_steps)
+        self.log = RunLog(
+            self.output, active=self.ranks.is_main, total_steps=self.total_steps, first_step=self.step
+        )
+        try:
+            self._introduce()
+            with self.meter.pause():
+                if self.step == 0:
+                    self._evaluate()  # untrained: what the later figures stand against
+            save_every = train.checkpoint_steps or self.steps_per_epoch
+            evaluate_every = max(1, round(self.config.eval.every_epochs * self.steps_per_epoch))
+            while self.step < last:
+                for batches in self._epoch_from(self.step, last):
+                    values = self.train_step(batches, step=self.step, lr=self._learning_rate())
+                    self.step += 1
+                    self.meter.add(values)
+                    self.log.moved(self.step)
+                    if self.step % train.log_steps == 0 or self.step == last:
+                        self._report()
+                    if self.step % train.histogram_steps == 0 or self.step == last:
+                        self._histograms()
+                    with self.meter.pause():
+                        if self.step % evaluate_every == 0 and self.step < self.total_steps:
+                            self._evaluate()
+                        if self.step % save_every == 0 and self.step < last:
+                            self._save()
+            self._save()
+            if self.step == self.total_steps:
+                self._finish()
+            else:
+                self.log.say(f"stopped after {self.step} of {self.total_steps} steps; the same command goes on")
+        finally:
+            self.log.close()
+            self.loader.close()
+
+    def _learning_rate(self) -> float:
+        return learning_rate(
+            self.step,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            global_batch=self.global_batch,
+            config=self.config.optim,
+        )
+
+    def _epoch_from(self, step: int, last: int) -> Iterator[list[Batch]]:
+        """Groups of `accumulation` batches from optimizer step `step` to the end of its epoch, or to `last`."""
+        accumulation = self.config.train.accumulation
+        epoch, done = divmod(step, self.steps_per_epoch)
+        stream = self.loader.epoch(epoch, start_step=done * accumulation)
+        try:
+            for _ in range(min(self.steps_per_epoch - done, last - step)):
+                with self.meter.data_wait:
+                    batches = list(itertools.islice(stream, accumulation))
+                yield batches
+        finally:
+            stream.close()
+
+    def _introduce(self) -> None:
+        records, ranks = self.records, self.ranks
+        if self.ranks.is_main:
+            (self.output / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self.log.text("config", "```yaml\n" + to_yaml(self.config) + "```")
+        self.log.text("versions", f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
+        self.log.say(
+            f"{records.num_samples} images of {records.num_classes} identities ({records.layout} records), "
+            f"{ranks.world_size} rank(s) on {ranks.device.type}, {self.loader.backend} loader, "
+            f"{self.global_batch} images a step, {self.steps_per_epoch} steps an epoch, {self.total_steps} in all"
+            + (f"; resumed at step {self.step}" if self.step else "")
+        )
+
+    def _evaluate(self) -> None:
+        self.verification.run(self.backbone.module, self.step, self.log, self.output)
+
+    def _report(self) -> None:
+        """Log the means since the last report; stop, on all ranks alike, when going on makes no sense."""
+        values = self.meter.take(self.train_step.head_time, self.global_batch)
+        values["optim/learning_rate"] = self._learning_rate()
+        if self.service is not None:
+            values |= self.service.statistics(self.step)
+        losses = " ".join(f"{name} {values[f'loss/{name}']:.3f}" for name in ("margin", "contrastive", "alignment"))
+        rate = values["throughput/images_per_second"]
+        self.log.scalars(self.step, values, f"loss {values['loss/total']:.3f} ({losses})  {rate:.0f} img/s")
+        if not math.isfinite(values["loss/total"]):
+            raise TrainingError(
+                f"the loss became {values['loss/total']} before step {self.step}: lower optim.lr, add "
+                "optim.warmup_epochs, or use --set train.precision=fp32; the newest checkpoint is from before"
+            )
+        bad, limit = values["data/images_that_did_not_decode"], self.config.data.max_bad_images
+        if bad > limit:
+            raise TrainingError(
+                f"{bad:.0f} images did not decode, data.max_bad_images allows {limit}: the log names them; repair "
+                "the records, or raise the limit"
+            )
+
+    def _histograms(self) -> None:
+        """Margins and hard levels of all classes: each rank counts its own, one all-reduce adds them."""
+        if self.service is None:
+            return
+        c = self.config.clustering
+        tags = {"margins": (self.service.margins_C, c.margin_low, c.margin_high),
+                "hard_level": (self.service.hard_levels_C, 0.0, 1.0)}  # fmt: skip
+        for tag, (values_C, low, high) in tags.items():
+            counts = all_reduce_(count_histogram(values_C, low, high), self.ranks.group).tolist()
+            sums = (counts[-2], counts[-1])
+            self.log.histogram(self.step, f"clusters/{tag}", counts[:HISTOGRAM_BINS], low, high, sums)
+
+    def _finish(self) -> None:
+        self._evaluate()
+        hardest = None if self.service is None else self.service.easiest_and_hardest(5)
+        if self.ranks.is_main:
+            torch.save(self.backbone.module.state_dict(), self.output / "backbone.pt")
+            if hardest is not None:
+                rows = [dataclasses.asdict(row) for row in hardest]
+                (self.output / "classes.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        self.log.say(f"done: weights in {self.output / 'backbone.pt'}, logs in {self.output / 'tensorboard'}")
