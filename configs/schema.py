@@ -226,7 +226,6 @@ class TrainConfig:
         _require(self.precision in ("fp32", "bf16"), "train.precision", self.precision, "fp32 or bf16")
         for name in (
             "epochs",
-            "batch_size",
             "accumulation",
             "log_steps",
             "histogram_steps",
@@ -234,6 +233,12 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             _require(value >= 1, "train." + name, value, "at least 1")
+        _require(
+            self.batch_size >= 2,
+            "train.batch_size",
+            self.batch_size,
+            "at least 2 (BatchNorm has no statistics of a single image)",
+        )
         for name in ("seed", "cpu_threads", "checkpoint_steps", "stop_after_steps"):
             value = getattr(self, name)
             _require(value >= 0, "train." + name, value, "0 or more")

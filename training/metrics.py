@@ -81,7 +81,9 @@ class RunLog:
         elif headline is not None:
             self.say(f"step {step}/{self._total}  {headline}")
 
-    def histogram(self, step: int, tag: str, counts: Tensor, low: float, high: float, sums: tuple[float, float]) -> None:
+    def histogram(
+        self, step: int, tag: str, counts: Tensor, low: float, high: float, sums: tuple[float, float]
+    ) -> None:
         """counts (HISTOGRAM_BINS,) of equal bins over [low, high]; sums: of the values and of their squares."""
         if self._writer is None:
             return

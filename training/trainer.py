@@ -79,7 +79,9 @@ class Trainer:
             config=config.head,
             group=ranks.group,
             seed=train.seed,
-            product_dtype=torch.bfloat16 if train.precision == "bf16" and ranks.device.type == "cuda" else torch.float32,
+            product_dtype=torch.bfloat16
+            if train.precision == "bf16" and ranks.device.type == "cuda"
+            else torch.float32,
         ).to(ranks.device)
         self.service = self._build_service() if config.clustering.enabled else None
         self.optimizers = build_optimizers(self.backbone.parameters(), self.head.parameters(), config.optim)
@@ -118,7 +120,8 @@ class Trainer:
             probe.unlink()
         except OSError as error:
             raise ConfigError(
-                f"train.output: cannot write to {self.output} ({error.strerror}): choose another with --set train.output=…"
+                f"train.output: cannot write to {self.output} ({error.strerror}): "
+                "choose another with --set train.output=…"
             ) from None
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -168,9 +171,7 @@ class Trainer:
         """Train to the end, evaluating, saving and logging on the way. Raises TrainingError when it cannot go on."""
         train = self.config.train
         last = min(self.total_steps, train.stop_after_steps or self.total_steps)
-        self.log = RunLog(
-            self.output, active=self.ranks.is_main, total_steps=self.total_steps, first_step=self.step
-        )
+        self.log = RunLog(self.output, active=self.ranks.is_main, total_steps=self.total_steps, first_step=self.step)
         try:
             self._introduce()
             with self.meter.pause():
@@ -229,7 +230,9 @@ class Trainer:
         if self.ranks.is_main:
             (self.output / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         self.log.text("config", "```yaml\n" + to_yaml(self.config) + "```")
-        self.log.text("versions", f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
+        self.log.text(
+            "versions", f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
+        )
         self.log.say(
             f"{records.num_samples} images of {records.num_classes} identities ({records.layout} records), "
             f"{ranks.world_size} rank(s) on {ranks.device.type}, {self.loader.backend} loader, "

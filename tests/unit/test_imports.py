@@ -1,0 +1,75 @@
+"""Who may import whom, read from the code: packages stay apart, one file opens process groups, none needs mxnet."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ALLOWED = {
+    "configs": {"configs"},
+    "sharding": set(),
+    "data": {"configs", "sharding", "data"},
+    "backbones": {"configs", "sharding", "backbones"},
+    "partial_fc": {"configs", "sharding", "partial_fc"},
+    "clustering": {"configs", "sharding", "partial_fc", "clustering"},
+    "evaluation": {"configs", "sharding", "data", "backbones", "evaluation"},
+    "training": {
+        "configs",
+        "sharding",
+        "data",
+        "backbones",
+        "partial_fc",
+        "clustering",
+        "evaluation",
+        "training",
+    },
+    "train_dist": {"configs", "training"},
+}
+SOURCES = sorted(
+    path for name in ALLOWED for path in [ROOT / f"{name}.py", *(ROOT / name).rglob("*.py")] if path.is_file()
+)
+
+
+def _imports(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_stay_within_the_rules(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    names = {name.split(".")[0] for name in _imports(ast.parse(path.read_text(encoding="utf-8")))}
+    assert names & set(ALLOWED) <= ALLOWED[room], f"{room} may only import {sorted(ALLOWED[room])}"
+    assert "mxnet" not in names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_training_opens_or_assumes_a_process_group(path: Path) -> None:
+    if path.relative_to(ROOT).as_posix() == "training/distributed.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in {"init_process_group", "destroy_process_group", "WORLD"}
+
+
+def test_schema_and_sharding_import_nothing_of_ours() -> None:
+    for name in ("configs/schema.py", "sharding.py"):
+        names = {n.split(".")[0] for n in _imports(ast.parse((ROOT / name).read_text(encoding="utf-8")))}
+        assert not names & set(ALLOWED)
+
+
+def test_every_source_file_is_one_short_idea() -> None:
+    long = {
+        path.relative_to(ROOT).as_posix(): lines
+        for path in SOURCES
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 350
+    }
+    assert not long
