@@ -81,7 +81,7 @@ class CheckpointFolder:
             return None
         name = pointer.read_text(encoding="utf-8").strip()
         path = self.folder / name
-        if Path(name).name != name or not path.is_dir():
+        if not name or Path(name).name != name or not path.is_dir():
             raise CheckpointError(
                 f"{pointer}: names {name!r}, which is not a checkpoint beside it: write the name of an existing "
                 "step_… folder into it, or use --set train.resume=false"

@@ -1,0 +1,100 @@
+"""Checkpoints: what is saved comes back bit for bit, `latest` only names whole ones, and misfits are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import RankPool
+from training.checkpoint import CheckpointError, CheckpointFolder, refuse_another_run
+from training.distributed import Ranks
+
+
+def _ranks(group: dist.ProcessGroup) -> Ranks:
+    rank = dist.get_rank(group)
+    return Ranks(
+        rank=rank,
+        world_size=dist.get_world_size(group),
+        local_rank=rank,
+        device=torch.device("cpu"),
+        group=group,
+        store=dist.HashStore(),
+    )
+
+
+def _save_three(group: dist.ProcessGroup, output: Path) -> list[float]:
+    folder = CheckpointFolder(output, _ranks(group), keep=2)
+    rank = dist.get_rank(group)
+    for step in (5, 10, 15):
+        folder.save(step, {"value": torch.tensor([rank + step / 100]), "nested": {"list": [1, 2.5, "x", None]}})
+    path = folder.latest()
+    assert path is not None
+    state = folder.load(path)
+    assert state["step"] == 15
+    assert state["nested"] == {"list": [1, 2.5, "x", None]}
+    return state["value"].tolist()
+
+
+def _latest_and_load(group: dist.ProcessGroup, output: Path) -> str:
+    folder = CheckpointFolder(output, _ranks(group), keep=2)
+    try:
+        path = folder.latest()
+        if path is None:
+            return "none"
+        folder.load(path)
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_round_trip_and_pruning(ranks: RankPool, tmp_path: Path, world_size: int) -> None:
+    values = ranks.run(world_size, _save_three, tmp_path)
+    assert values == [pytest.approx([rank + 0.15]) for rank in range(world_size)]
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_000000010", "step_000000015"]
+    assert (folder / "latest").read_text().strip() == "step_000000015"
+
+
+def test_another_number_of_ranks_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, _save_three, tmp_path)
+    (message,) = ranks.run(1, _latest_and_load, tmp_path)
+    assert "was written by 2 ranks, this run has 1: start it with 2 ranks" in message
+
+
+def test_a_save_that_died_half_way_is_not_seen(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(1, _latest_and_load, tmp_path) == ["none"]
+    ranks.run(1, _save_three, tmp_path)
+    half = tmp_path / "checkpoints" / "step_000000020.partial"
+    half.mkdir()
+    (half / "rank_0.pt").write_bytes(b"half a file")
+    assert ranks.run(1, _latest_and_load, tmp_path) == ["loaded"]
+
+
+def test_damage_and_code_in_a_checkpoint_are_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(1, _save_three, tmp_path)
+    part = tmp_path / "checkpoints" / "step_000000015" / "rank_0.pt"
+    whole = part.read_bytes()
+    part.write_bytes(whole[: len(whole) // 2])
+    assert "damaged or not a checkpoint" in ranks.run(1, _latest_and_load, tmp_path)[0]
+    torch.save({"step": 1, "path": Path("x")}, part)  # an object outside the allow-list of weights_only
+    message = ranks.run(1, _latest_and_load, tmp_path)[0]
+    assert "damaged or not a checkpoint" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["step_000000099", "../elsewhere", ""])
+def test_latest_that_names_no_checkpoint_is_an_error(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    ranks.run(1, _save_three, tmp_path)
+    (tmp_path / "checkpoints" / "latest").write_text(name + "\n")
+    assert "which is not a checkpoint beside it" in ranks.run(1, _latest_and_load, tmp_path)[0]
+
+
+def test_a_changed_setting_is_named_and_free_ones_pass() -> None:
+    saved = {"head": {"margin": 0.5}, "train": {"epochs": 2, "log_steps": 50}}
+    refuse_another_run(Path("x"), saved, {"head": {"margin": 0.5}, "train": {"epochs": 2, "log_steps": 5}})
+    with pytest.raises(CheckpointError, match=r"head\.margin = 0\.5, this run has 0\.4"):
+        refuse_another_run(Path("x"), saved, {"head": {"margin": 0.4}})
