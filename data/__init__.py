@@ -1,0 +1,1 @@
+"""Training data: record files as the field packs them, decoding, sampling, loading and synthetic faces."""
