@@ -38,15 +38,26 @@ class RecordError(DataError):
         self._parts = (path, offset, expected, found, action)
 
     def __reduce__(self) -> tuple[type[RecordError], tuple[Path, int, str, str, str]]:
-        return RecordError, self._parts  # raised in workers, shown by their parent
+        return type(self), self._parts  # raised in workers, shown by their parent
 
 
-def _rebuild(path: Path) -> str:
+class CutError(RecordError):
+    """The file ends inside a record."""
+
+
+def rebuild_action(path: Path) -> str:
+    """What to do about an index that does not fit its record file."""
     return f"rebuild the index with `python -m data index {path}`"
 
 
-def _cut(path: Path) -> str:
-    return f"the file was cut: copy it again, or keep its whole images with `python -m data index --images-only {path}`"
+def images_only_action(path: Path) -> str:
+    """What to do about identity headers that are wrong."""
+    return f"leave the identity headers out with `python -m data index --images-only {path}`"
+
+
+def cut_action(path: Path) -> str:
+    """What to do about a record file that was cut."""
+    return f"the file was cut: copy it again, or keep its images with `python -m data index --images-only {path}`"
 
 
 class RecordReader:
@@ -113,29 +124,24 @@ class RecordReader:
         """Spans (begin, end) of the middle and end parts of the record at `start`, whose first part ends at `end`."""
         cflag = START
         while cflag != END:
-            if end % 4:
-                raise RecordError(
-                    self.path,
-                    start,
-                    "record parts of a multiple of 4 bytes",
-                    f"one that ends at {end}",
-                    _cut(self.path),
-                )
-            cflag, begin, end = self._part(end, further=True)
+            cflag, begin, end = self._part(_aligned(end), further=True)
             yield begin, end
 
     def _part(self, offset: int, *, further: bool = False) -> tuple[int, int, int]:
         """(cflag, begin, end) of the payload of the part at `offset`; `further`: a part behind a record's first."""
         if not 0 <= offset < self.size:
             if further:
-                raise RecordError(self.path, offset, "a further part", f"the end at {self.size}", _cut(self.path))
-            raise RecordError(self.path, offset, "a record", f"a file of {self.size} bytes", _rebuild(self.path))
+                raise CutError(self.path, offset, "a further part", f"the end at {self.size}", cut_action(self.path))
+            action = f"the file was cut or the index is of another: copy it again, or {rebuild_action(self.path)}"
+            raise RecordError(self.path, offset, "a record", f"a file of {self.size} bytes", action)
         if offset % 4:
-            raise RecordError(self.path, offset, "a multiple of 4", f"{offset}", _rebuild(self.path))
+            raise RecordError(
+                self.path, offset, "an offset that is a multiple of 4", f"{offset}", rebuild_action(self.path)
+            )
         begin = offset + HEAD.size
         if begin > self.size:
             found = f"{self.size - offset} bytes to the end of the file"
-            raise RecordError(self.path, offset, f"a record head of {HEAD.size} bytes", found, _cut(self.path))
+            raise CutError(self.path, offset, f"a record head of {HEAD.size} bytes", found, cut_action(self.path))
         magic, head = HEAD.unpack_from(self.view, offset)
         if magic != MAGIC:
             self._refuse_magic(offset, magic)
@@ -143,13 +149,13 @@ class RecordReader:
         if cflag not in ((MIDDLE, END) if further else (WHOLE, START)):
             expected = "a middle or end part" if further else "the start of a record"
             raise RecordError(
-                self.path, offset, expected, _PART_NAMES.get(cflag, f"unknown cflag {cflag}"), _rebuild(self.path)
+                self.path, offset, expected, _PART_NAMES.get(cflag, f"unknown cflag {cflag}"), rebuild_action(self.path)
             )
         end = begin + length
         if _aligned(end) > self.size:
             expected = f"{_aligned(end) - begin} bytes of payload and padding"
-            raise RecordError(
-                self.path, offset, expected, f"{self.size - begin} to the end of the file", _cut(self.path)
+            raise CutError(
+                self.path, offset, expected, f"{self.size - begin} to the end of the file", cut_action(self.path)
             )
         return cflag, begin, end
 
@@ -159,7 +165,7 @@ class RecordReader:
         else:
             found, action = (
                 f"{magic:#010x}",
-                f"not a record file, damaged, or the index of another: {_rebuild(self.path)}",
+                f"not a record file, damaged, or the index of another: {rebuild_action(self.path)}",
             )
         raise RecordError(self.path, offset, f"magic {MAGIC:#010x}", found, action)
 

@@ -1,0 +1,153 @@
+"""Index of a record file (`train.idx`): a line `key<TAB>offset` for each record; read, written, rebuilt by a scan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import DataError
+from data.files import appearing
+from data.header import EXACT
+from data.heads import Heads, read_heads
+from data.recordio import HEAD, CutError, RecordError, RecordReader, cut_action, rebuild_action
+
+
+class Index(NamedTuple):
+    """keys, offsets: int64 (n,), in the order of the offsets."""
+
+    keys: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rebuilt:
+    """What a scan made of a record file. cut: why the scan ended before the end of the file, or ""."""
+
+    index: Index
+    images: int
+    identities: int
+    cut: str
+
+
+def read_index(path: Path, reader: RecordReader) -> Index:
+    """Read the index of an open record file.
+
+    Raises DataError, naming the command that rebuilds the index, when it is missing, has lines that are not two
+    whole numbers, the same key or offset twice, or offsets where the record file can have no record.
+    """
+    action = rebuild_action(reader.path)
+    try:
+        empty = not path.read_text(encoding="latin-1").strip() if path.stat().st_size < HEAD.size else False
+        table = np.empty((0, 2), np.int64) if empty else _parse(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing: {action}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it ({error.strerror})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: expected lines `key<TAB>offset`: {error} ({action})") from None
+    if not len(table):
+        raise DataError(f"{path}: expected lines `key<TAB>offset`, found none ({action})")
+    table = table[np.argsort(table[:, 1], kind="stable")]
+    keys, offsets = np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1])
+    for values, name in ((offsets, "offset"), (np.sort(keys), "key")):
+        if len(twice := np.flatnonzero(values[1:] == values[:-1])):
+            raise DataError(f"{path}: {name} {values[twice[0]]} stands there twice ({action})")
+        if values[0] < 0:
+            raise DataError(f"{path}: expected {name}s from 0 on, found {values[0]} ({action})")
+    for wrong in (offsets % 4 != 0, offsets > reader.size - HEAD.size):
+        if wrong.any():
+            reader.read_at(int(offsets[np.argmax(wrong)]))  # says what is wrong with it
+    return Index(keys, offsets)
+
+
+def _parse(path: Path) -> npt.NDArray[np.int64]:
+    table: npt.NDArray[np.int64] = np.loadtxt(
+        path, np.int64, delimiter="\t", ndmin=2, comments=None, encoding="latin-1"
+    )
+    if table.shape[1] != 2:
+        raise ValueError(f"found {table.shape[1]} columns")
+    return table
+
+
+def write_index(path: Path, index: Index) -> None:
+    """Write the lines in the order of `index`; the file appears whole or not at all. Raises DataError."""
+    with appearing([path]) as (partial,), partial.open("w", encoding="ascii") as file:
+        file.writelines(f"{key}\t{offset}\n" for key, offset in zip(index.keys, index.offsets, strict=True))
+
+
+def rebuild(
+    reader: RecordReader, *, images_only: bool = False, progress: Callable[[int], None] = lambda offset: None
+) -> Rebuilt:
+    """Find the records by a scan and number them as the builders do.
+
+    With identity headers behind the images and the record of key 0 last (insightface): keys 1, 2, … in file order,
+    then 0. Without any: keys 0, 1, …. images_only: leave identity headers out and end at a cut instead of raising.
+    progress: called now and then with the byte offset reached.
+
+    Raises RecordError when the file is damaged, or cut and not images_only.
+    """
+    found: list[int] = []
+    cut = ""
+    try:
+        for number, (offset, _) in enumerate(reader.scan()):
+            found.append(offset)
+            if number % 4096 == 0:
+                progress(offset)
+    except CutError as error:
+        if not images_only:
+            raise
+        cut = f"cut at byte {error.offset} of {reader.size}"
+    if not found:
+        raise RecordError(reader.path, 0, "records", cut or "an empty file", "pack the set again")
+    offsets = np.array(found, np.int64)
+    heads = read_heads(reader, offsets)
+    identities = int(heads.is_identity.sum())
+    if images_only or not identities:
+        offsets = offsets[~heads.is_identity]
+        index = Index(np.arange(len(offsets), dtype=np.int64), offsets)
+        return Rebuilt(index=index, images=len(offsets), identities=0, cut=cut)
+    _check_key_0(reader, offsets, heads)
+    keys = np.arange(1, len(offsets) + 1, dtype=np.int64)
+    keys[-1] = 0
+    images = len(offsets) - identities
+    return Rebuilt(index=Index(keys, offsets), images=images, identities=identities - 1, cut=cut)
+
+
+def _check_key_0(reader: RecordReader, offsets: npt.NDArray[np.int64], heads: Heads) -> None:
+    """The last record must be key 0: it says where the identity headers, all of them behind the images, lie."""
+    images = int(np.argmax(heads.is_identity))
+    # Key 0 stores its range in float32: compare what float32 makes of the true one.
+    expected = np.array([images + 1, len(offsets)], np.float32)
+    if not heads.is_identity[images:].all() or not np.array_equal(heads.labels[-1], expected):
+        raise RecordError(
+            reader.path,
+            int(offsets[-1]),
+            f"the record of key 0 with the range {images + 1}, {len(offsets)} behind all identity headers",
+            f"a record with the labels {heads.labels[-1, 0]:.0f}, {heads.labels[-1, 1]:.0f}",
+            cut_action(reader.path),
+        )
+
+
+def find_identities(reader: RecordReader, by_key: npt.NDArray[np.int64], key_0: tuple[float, float]) -> int:
+    """First key of the identity headers, of the offsets by_key (n,) and the range that key 0 states; they end at n.
+
+    Above 2^24 float32 rounds that range, so the true start is looked for within the rounding.
+    Raises ValueError when the range does not agree with the index.
+    """
+    stated, end = key_0
+    if not 2 <= stated < end or float(np.float32(len(by_key))) != end:
+        raise ValueError(
+            f"an index of {len(by_key)} keys, key 0 states identity headers from {stated:.0f} to {end:.0f}"
+        )
+    reach = 1 if stated <= EXACT else int(np.spacing(np.float32(stated)))
+    first = max(int(stated) - reach, 1)
+    is_identity = read_heads(reader, by_key[first : int(stated) + reach]).is_identity
+    start = first + int(np.argmax(is_identity))
+    if not is_identity[start - first :].all() or is_identity[0] or float(np.float32(start)) != stated:
+        raise ValueError(f"no identity header at key {stated:.0f}, where key 0 states the first")
+    return start
