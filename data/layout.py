@@ -111,7 +111,7 @@ def labels_of_images(layout: Layout, reader: RecordReader, *, pair: bool, num_cl
 
 
 def _check_complete(images: Index, heads: Heads, reader: RecordReader) -> None:
-    """Between the images of an index, and behind them, there may be identity headers and a cut record, no more image."""
+    """Between and behind the images of an index there may be identity headers and a cut record, but no image."""
     begin, end = np.append(0, heads.end), np.append(images.offsets, reader.size)
     for at in begin[begin != end].tolist():
         try:
