@@ -1,0 +1,155 @@
+"""Pack images into records, rebuild an index, look into a set, make a verification set."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from data.commands import Options, bin_of_folder, folder_set, pack_set, rebuild_index, synthetic_set
+from data.errors import DataError
+from data.sources import encode_image
+from data.summary import summary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when done, 2 when arguments or data are not as expected (one line says what), 130 when interrupted."""
+    args = _parser().parse_args(arguments)
+    console = Console(stderr=True)
+    try:
+        args.run(args, console)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _pack_synthetic(args: argparse.Namespace, console: Console) -> None:
+    training, held_out = synthetic_set(
+        identities=args.identities,
+        images_per_identity=args.images_per_identity,
+        seed=args.seed,
+        label_noise=args.label_noise,
+        long_tail=args.long_tail,
+        verification_identities=args.verification_identities,
+        pairs=args.pairs,
+    )
+    pack_set(args.out, training, held_out, Options(args.workers, args.force), console)
+
+
+def _pack_folder(args: argparse.Namespace, console: Console) -> None:
+    training, held_out = folder_set(
+        args.source, seed=args.seed, verification_identities=args.verification_identities, pairs=args.pairs
+    )
+    pack_set(args.out, training, held_out, Options(args.workers, args.force, args.skip_bad), console)
+
+
+def _index(args: argparse.Namespace, console: Console) -> None:
+    rebuild_index(args.rec, images_only=args.images_only, console=console)
+
+
+def _inspect(args: argparse.Namespace, console: Console) -> None:
+    print(summary(args.folder))
+
+
+def _bin(args: argparse.Namespace, console: Console) -> None:
+    options = Options(args.workers, args.force)
+    bin_of_folder(args.source, args.out, pairs=args.pairs, seed=args.seed, options=options, console=console)
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+        return value
+
+    return parse
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """One line, as for all that can be wrong."""
+        self.exit(2, f"error: {message} ({self.prog} --help lists all)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m data", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    pack = commands.add_parser("pack", help="write train.rec, train.idx, property and verification.bin")
+    sources = pack.add_subparsers(required=True, metavar="SOURCE", parser_class=_Parser)
+    rule = " ".join((encode_image.__doc__ or "").split("\n\n")[1].split())
+
+    synthetic = sources.add_parser("synthetic", help="faces that are drawn, the same for the same arguments")
+    synthetic.add_argument("--identities", type=_whole(2), default=1000, help="default 1000")
+    synthetic.add_argument("--images-per-identity", type=_whole(1), default=20, help="default 20")
+    synthetic.add_argument("--label-noise", type=_fraction, default=0.0, help="share of wrong labels, default 0")
+    synthetic.add_argument(
+        "--long-tail", type=_fraction, default=0.0, help="0: all alike (default), to 1: few have many"
+    )
+    _common(synthetic, run=_pack_synthetic, held_out=100, pairs=2000)
+
+    folder = sources.add_parser("folder", help="a subfolder of images for each identity", description=rule)
+    folder.add_argument("source", type=Path, metavar="FOLDER")
+    folder.add_argument("--skip-bad", action="store_true", help="name images that do not decode and leave them out")
+    _common(folder, run=_pack_folder, held_out=0, pairs=2000)
+
+    index = commands.add_parser("index", help="rebuild the .idx beside a .rec")
+    index.add_argument("rec", type=Path)
+    index.add_argument("--images-only", action="store_true", help="without identity headers, and up to a cut")
+    index.set_defaults(run=_index)
+
+    inspect = commands.add_parser("inspect", help="layout, counts and sizes of a set")
+    inspect.add_argument("folder", type=Path)
+    inspect.set_defaults(run=_inspect)
+
+    make_bin = commands.add_parser("bin", help="a verification set of a folder of identities", description=rule)
+    make_bin.add_argument("source", type=Path, metavar="FOLDER")
+    _common(make_bin, run=_bin, held_out=None, pairs=6000)
+    return parser
+
+
+def _common(
+    parser: argparse.ArgumentParser,
+    *,
+    run: Callable[[argparse.Namespace, Console], None],
+    held_out: int | None,
+    pairs: int,
+) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER" if held_out is not None else "FILE")
+    parser.add_argument("--seed", type=_whole(0), default=0, help="default 0")
+    if held_out is not None:
+        about = f"not trained on, for verification.bin; 0: none; default {held_out}"
+        parser.add_argument("--verification-identities", type=_whole(0), default=held_out, help=about)
+    parser.add_argument("--pairs", type=_whole(2), default=pairs, help=f"pairs to verify, default {pairs}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--workers", type=_whole(1), default=cores, help=f"processes, default {cores} here")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.set_defaults(run=run)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's end is an interrupt: tidy up, then go
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Packs images into `train.rec`, `train.idx` and `property` as insightface's builder lays them out, on many cores."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import DataError
+from data.header import EXACT, Header, class_labels, pack
+from data.pairs import Pairs
+from data.recordio import RecordWriter
+from data.sources import Source
+
+_CHUNK = 64
+"""Images a task of a worker: a second of rendering at most, some 0.5 MB to hand back."""
+_AHEAD = 4
+"""Tasks each worker may be ahead of the writer: bounds the memory."""
+
+Rows = npt.NDArray[np.int64]
+Encoded = bytes | DataError
+
+
+class Encoder:
+    """Encodes images of some sources on `workers` processes (1: in this one); a context manager."""
+
+    def __init__(self, workers: int, *sources: Source) -> None:
+        self._sources = sources
+        self._pool: ProcessPoolExecutor | None = None
+        if workers > 1:
+            # Spawned: a fork of a process with threads (progress bar, BLAS) may inherit a held lock.
+            self._pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (sources,))
+        self._ahead = workers * _AHEAD
+
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def encode(self, source: Source, wanted: Rows) -> Iterator[Encoded]:
+        """Encoded images of the rows (identity, image number) of `wanted` (N, 2), in that order."""
+        chunks = (wanted[start : start + _CHUNK] for start in range(0, len(wanted), _CHUNK))
+        if self._pool is None:
+            for chunk in chunks:
+                yield from source.encode(chunk)
+            return
+        number = next(i for i, known in enumerate(self._sources) if known is source)
+        running: deque[Future[list[Encoded]]] = deque()
+        try:
+            for chunk in chunks:
+                running.append(self._pool.submit(_encode, number, chunk))
+                if len(running) >= self._ahead:
+                    yield from running.popleft().result()
+            while running:
+                yield from running.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a packing process ended by itself: expected memory for each; try fewer with --workers"
+            ) from None
+
+
+_sources: tuple[Source, ...] = ()
+"""In a worker: what it encodes from, given to it once, as it may be long lists of names."""
+
+
+def _start_worker(sources: tuple[Source, ...]) -> None:
+    global _sources  # noqa: PLW0603
+    _sources = sources
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its workers
+
+
+def _encode(number: int, wanted: Rows) -> list[Encoded]:
+    return _sources[number].encode(wanted)
+
+
+def write_records(rec: Path, idx: Path, images: Iterable[tuple[int, bytes]], *, num_classes: int) -> int:
+    """Write images at keys 1..N, the identity headers behind them, key 0 last; return N.
+
+    images: (label, encoded image), labels ascending, so that the keys of each class are one range. Classes without
+    images get an empty range. Labels are stored as pairs when num_classes is above 2^24. Raises DataError.
+    """
+    pair = num_classes > EXACT
+    counts = np.zeros(num_classes, np.int64)
+    with RecordWriter(rec) as writer, idx.open("w", encoding="ascii") as index:
+
+        def write(key: int, header: Header, image: bytes) -> None:
+            index.write(f"{key}\t{writer.write(pack(header, image))}\n")
+
+        key, previous = 0, 0
+        for key, (label, image) in enumerate(images, start=1):
+            if not previous <= label < num_classes:
+                raise DataError(f"{rec}: expected labels ascending from {previous} to {num_classes - 1}, got {label}")
+            previous = label
+            counts[label] += 1
+            write(key, Header(2 if pair else 0, class_labels(label, pair=pair), key, 0), image)
+        ends = 1 + np.cumsum(counts)
+        for label, (count, end) in enumerate(zip(counts.tolist(), ends.tolist(), strict=True)):
+            write(key + 1 + label, Header(2, (float(end - count), float(end)), key + 1 + label, 0), b"")
+        write(0, Header(2, (float(key + 1), float(key + 1 + num_classes)), 0, 0), b"")
+    return key
+
+
+def labelled(
+    encoder: Encoder, source: Source, wanted: Rows, labels: Rows, on_bad: Callable[[DataError], None]
+) -> Iterator[tuple[int, bytes]]:
+    """(label, encoded image) of each row of `wanted`; what cannot be encoded goes to `on_bad`, which may raise."""
+    for label, image in zip(labels.tolist(), encoder.encode(source, wanted), strict=True):
+        if isinstance(image, DataError):
+            on_bad(image)
+        else:
+            yield label, image
+
+
+def encode_pairs(encoder: Encoder, source: Source, pairs: Pairs) -> Iterator[bytes]:
+    """The 2P images of the pairs, in the order of a verification set. Raises DataError when one cannot be had."""
+    for image in encoder.encode(source, pairs.images.reshape(-1, 2)):
+        if isinstance(image, DataError):
+            raise image
+        yield image
+
+
+def every_image(images: Sequence[int]) -> Rows:
+    """Rows (identity, image number) of every image, by identity: int64 (N, 2)."""
+    numbers = itertools.chain.from_iterable(range(count) for count in images)
+    identities = np.repeat(np.arange(len(images)), images)
+    return np.stack([identities, np.fromiter(numbers, np.int64, count=len(identities))], axis=1)

@@ -1,0 +1,136 @@
+"""What can be packed: synthetic faces, or a folder of images with a subfolder for each identity."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data.errors import DataError
+from data.synthetic import SyntheticFaces
+
+IMAGE_SIZE = 112
+"""Height and width in pixels of what the field trains on."""
+_QUALITY = 95
+_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+class Source(Protocol):
+    """Images of identities, encoded on demand and in any process. `images[i]` is how many identity i has."""
+
+    @property
+    def images(self) -> Sequence[int]: ...
+
+    def encode(self, wanted: npt.NDArray[np.int64]) -> list[bytes | DataError]:
+        """Encoded 112x112 images of the rows (identity, image number) of `wanted`, or why one cannot be had."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SyntheticSource:
+    """Faces of `data.synthetic`: identities from `first_identity` on, each with `images_per_identity` images."""
+
+    identities: int
+    images_per_identity: int
+    seed: int
+    first_identity: int = 0
+
+    @property
+    def images(self) -> Sequence[int]:
+        return [self.images_per_identity] * self.identities
+
+    def encode(self, wanted: npt.NDArray[np.int64]) -> list[bytes | DataError]:
+        faces = _faces(self.identities, self.seed, self.first_identity)
+        return [faces.jpeg(identity, image) for identity, image in wanted.tolist()]
+
+
+@lru_cache(maxsize=2)  # a worker is given rows of the training set and of the verification set
+def _faces(identities: int, seed: int, first_identity: int) -> SyntheticFaces:
+    return SyntheticFaces(identities=identities, seed=seed, first_identity=first_identity)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FolderSource:
+    """Image files in subfolders. names: the subfolders, one an identity; files: the sorted file names in each."""
+
+    folder: Path
+    names: tuple[str, ...]
+    files: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def find(cls, folder: Path) -> FolderSource:
+        """List `folder/<identity>/<image>`, JPEG and PNG, sorted by name; names that begin with a dot are left out.
+
+        Raises DataError when there is no such image, a subfolder has none, or a name has a line break in it.
+        """
+        try:
+            names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+            files = tuple(tuple(sorted(filter(_is_image, os.listdir(folder / name)))) for name in names)
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot read it ({error.strerror}): expected a folder") from None
+        if not names:
+            raise DataError(f"{folder}: expected a subfolder of images for each identity, found none")
+        for name, images in zip(names, files, strict=True):
+            if not images or len(name.splitlines()) != 1:
+                raise DataError(f"{folder / name!s:.500}: no JPEG or PNG file in it, or a line break in its name")
+        return cls(folder=folder, names=tuple(names), files=files)
+
+    @property
+    def images(self) -> Sequence[int]:
+        return [len(images) for images in self.files]
+
+    def encode(self, wanted: npt.NDArray[np.int64]) -> list[bytes | DataError]:
+        return [self._encode_one(identity, image) for identity, image in wanted.tolist()]
+
+    def select(self, identities: Sequence[int]) -> FolderSource:
+        """Some of the identities, numbered in the order given."""
+        return FolderSource(
+            folder=self.folder,
+            names=tuple(self.names[identity] for identity in identities),
+            files=tuple(self.files[identity] for identity in identities),
+        )
+
+    def _encode_one(self, identity: int, image: int) -> bytes | DataError:
+        path = self.folder / self.names[identity] / self.files[identity][image]
+        try:
+            return encode_image(path.read_bytes())
+        except OSError as error:
+            return DataError(f"{path}: cannot read it ({error.strerror})")
+        except ValueError as error:
+            return DataError(f"{path}: {error}")
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+
+
+def encode_image(content: bytes) -> bytes:
+    """Make a JPEG or PNG file a 112x112 image.
+
+    One that is 112x112 and 8-bit RGB or grey is returned untouched, byte for byte. Any other is turned upright by
+    its EXIF orientation, converted to RGB, scaled with a bicubic filter so that it just covers 112x112, cropped
+    about its centre, and stored as JPEG of quality 95 without colour subsampling.
+
+    Raises ValueError when it does not decode.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=["JPEG", "PNG"]) as image:
+            image.load()
+            if image.size == (IMAGE_SIZE, IMAGE_SIZE) and image.mode in ("RGB", "L"):
+                return content
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            fitted = ImageOps.fit(upright, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
+    except UnidentifiedImageError:
+        raise ValueError("expected a JPEG or PNG image, found something else") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever PIL's decoders raise
+        raise ValueError(f"expected a JPEG or PNG image: {' '.join(str(error).split())}") from None
+    encoded = io.BytesIO()
+    fitted.save(encoded, "JPEG", quality=_QUALITY, subsampling=0)
+    return encoded.getvalue()
