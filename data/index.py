@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,7 @@ def read_index(path: Path, reader: RecordReader) -> Index:
     """
     action = rebuild_action(reader.path)
     try:
-        empty = not path.read_text(encoding="latin-1").strip() if path.stat().st_size < HEAD.size else False
-        table = np.empty((0, 2), np.int64) if empty else _parse(path)
+        table = _parse(path)
     except FileNotFoundError:
         raise DataError(f"{path}: missing: {action}") from None
     except OSError as error:
@@ -66,10 +66,12 @@ def read_index(path: Path, reader: RecordReader) -> Index:
 
 
 def _parse(path: Path) -> npt.NDArray[np.int64]:
-    table: npt.NDArray[np.int64] = np.loadtxt(
-        path, np.int64, delimiter="\t", ndmin=2, comments=None, encoding="latin-1"
-    )
-    if table.shape[1] != 2:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of an empty file: the caller says more
+        table: npt.NDArray[np.int64] = np.loadtxt(
+            path, np.int64, delimiter="\t", ndmin=2, comments=None, encoding="latin-1"
+        )
+    if len(table) and table.shape[1] != 2:
         raise ValueError(f"found {table.shape[1]} columns")
     return table
 
@@ -144,7 +146,7 @@ def find_identities(reader: RecordReader, by_key: npt.NDArray[np.int64], key_0: 
         raise ValueError(
             f"an index of {len(by_key)} keys, key 0 states identity headers from {stated:.0f} to {end:.0f}"
         )
-    reach = 1 if stated <= EXACT else int(np.spacing(np.float32(stated)))
+    reach = 1 if stated < EXACT else int(np.spacing(np.float32(stated)))
     first = max(int(stated) - reach, 1)
     is_identity = read_heads(reader, by_key[first : int(stated) + reach]).is_identity
     start = first + int(np.argmax(is_identity))
