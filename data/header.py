@@ -19,7 +19,15 @@ EXACT = 1 << 24
 
 
 class HeaderError(DataError):
-    """The bytes of a payload are not a header and its labels; says what was expected and found."""
+    """The bytes of a payload are not a header and its labels; `expected` and `found` for whoever knows the file."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        super().__init__(f"expected {expected}, found {found}")
+        self.expected = expected
+        self.found = found
+
+    def __reduce__(self) -> tuple[type[HeaderError], tuple[str, str]]:
+        return HeaderError, (self.expected, self.found)
 
 
 class Header(NamedTuple):
@@ -37,7 +45,7 @@ def pack(header: Header, image: bytes) -> bytes:
     Raises HeaderError when the number of labels is not what flag says.
     """
     if len(header.labels) != max(header.flag, 1):
-        raise HeaderError(f"expected {max(header.flag, 1)} labels for flag {header.flag}, got {len(header.labels)}")
+        raise HeaderError(f"{max(header.flag, 1)} labels for flag {header.flag}", f"{len(header.labels)}")
     inside = 0.0 if header.flag else header.labels[0]
     behind = header.labels if header.flag else ()
     return HEADER.pack(header.flag, inside, header.id, header.id2) + struct.pack(f"<{len(behind)}f", *behind) + image
@@ -46,13 +54,13 @@ def pack(header: Header, image: bytes) -> bytes:
 def unpack(payload: memoryview) -> tuple[Header, memoryview]:
     """(header, encoded image), the image a view of the payload. Raises HeaderError when the payload is too short."""
     if len(payload) < HEADER.size:
-        raise HeaderError(f"expected a header of {HEADER.size} bytes, found a payload of {len(payload)}")
+        raise HeaderError(f"a header of {HEADER.size} bytes", f"a payload of {len(payload)}")
     flag, label, id_, id2 = HEADER.unpack_from(payload)
     if flag == 0:
         return Header(0, (label,), id_, id2), payload[HEADER.size :]
     end = HEADER.size + 4 * flag
     if len(payload) < end:
-        raise HeaderError(f"expected {flag} labels behind the header, found {len(payload) - HEADER.size} bytes")
+        raise HeaderError(f"{flag} labels behind the header", f"{len(payload) - HEADER.size} bytes")
     return Header(flag, struct.unpack_from(f"<{flag}f", payload, HEADER.size), id_, id2), payload[end:]
 
 
@@ -72,9 +80,7 @@ def class_of(labels: Sequence[float], *, pair: bool) -> int:
     """
     used = tuple(labels[:2] if pair else labels[:1])
     if len(used) < 2 and pair:
-        raise HeaderError(f"expected a class as two labels (hi, lo), found {len(labels)}")
+        raise HeaderError("a class as two labels (hi, lo)", f"{len(labels)} labels")
     if not all(0 <= value < EXACT and value == int(value) for value in used):  # NaN fails the first comparison
-        raise HeaderError(
-            f"expected a class number from 0 to 2^24 - 1, found {', '.join(f'{value:g}' for value in used)}"
-        )
+        raise HeaderError("a class number from 0 to 2^24 - 1", "label " + ", ".join(f"{value:g}" for value in used))
     return int(used[0]) * EXACT + int(used[1]) if pair else int(used[0])

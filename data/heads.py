@@ -82,9 +82,8 @@ def _read_one(reader: RecordReader, offset: int, heads: Heads, row: int) -> None
     try:
         header, image = unpack(reader.read_at(offset))
     except HeaderError as error:
-        raise RecordError(
-            reader.path, offset, "an image record", str(error), "pack the images with a tool that writes IRHeaders"
-        ) from None
+        action = "pack the images with a tool that writes IRHeaders"
+        raise RecordError(reader.path, offset, error.expected, error.found, action) from None
     heads.flag[row] = header.flag
     heads.labels[row] = (*header.labels, np.nan)[:2]
     heads.image_bytes[row] = len(image)

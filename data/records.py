@@ -79,8 +79,8 @@ class RecordSet:
         """
         label, image = self._read(sample)
         if label != self.labels[sample]:
-            expected = f"label {self.labels[sample]}, as its identity header says, in key {self._images.keys[sample]}"
-            raise self._error(sample, expected, f"{label}", images_only_action(self._reader.path))
+            expected = f"label {self.labels[sample]}, as its identity header says"
+            raise self._error(sample, expected, f"label {label}", images_only_action(self._reader.path))
         return label, image
 
     def close(self) -> None:
@@ -94,16 +94,16 @@ class RecordSet:
             header, image = unpack(self._reader.read_at(int(self._images.offsets[sample])))
             label = class_of(header.labels, pair=self._pair)
             if not len(image):
-                raise HeaderError("expected an image behind the header, found none")
+                raise HeaderError("an image behind the header", "none")
             if label >= self.num_classes:
-                raise HeaderError(f"expected a class number from 0 to {self.num_classes - 1}, found label {label}")
+                raise HeaderError(f"a class number from 0 to {self.num_classes - 1}", f"label {label}")
         except HeaderError as error:
-            found = f"key {self._images.keys[sample]}: {error}"
-            raise self._error(sample, "an image record", found, "correct property, or pack the set again") from None
+            raise self._error(sample, error.expected, error.found, "correct property, or pack the set again") from None
         return label, image
 
     def _error(self, sample: int, expected: str, found: str, action: str) -> RecordError:
-        return RecordError(self._reader.path, int(self._images.offsets[sample]), expected, found, action)
+        where = f"{found} in key {self._images.keys[sample]}"
+        return RecordError(self._reader.path, int(self._images.offsets[sample]), expected, where, action)
 
     def _spread_agrees(self, labels: Labels) -> bool:
         spread = np.unique(np.linspace(0, self.num_samples - 1, _SPREAD).astype(np.int64))

@@ -132,7 +132,7 @@ def test_cut_files(folder: Path) -> None:
 
 def test_records_without_headers_are_no_images(tmp_path: Path) -> None:
     _, reader = _open(write_set(tmp_path, [(0, b"short"), (1, b"")], classes=1))
-    with pytest.raises(RecordError, match="byte 0: expected an image record, found expected a header of 24 bytes"):
+    with pytest.raises(RecordError, match="byte 0: expected a header of 24 bytes, found a payload of 5"):
         rebuild(reader)
 
 
