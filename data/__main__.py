@@ -13,7 +13,7 @@ from rich.console import Console
 
 from data.commands import Options, bin_of_folder, folder_set, pack_set, rebuild_index, synthetic_set
 from data.errors import DataError
-from data.sources import encode_image
+from data.sources import RESIZE_RULE
 from data.summary import summary
 
 
@@ -100,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
 
     pack = commands.add_parser("pack", help="write train.rec, train.idx, property and verification.bin")
     sources = pack.add_subparsers(required=True, metavar="SOURCE", parser_class=_Parser)
-    rule = " ".join((encode_image.__doc__ or "").split("\n\n")[1].split())
 
     synthetic = sources.add_parser("synthetic", help="faces that are drawn, the same for the same arguments")
     synthetic.add_argument("--identities", type=_whole(2), default=1000, help="default 1000")
@@ -111,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _common(synthetic, run=_pack_synthetic, held_out=100, pairs=2000)
 
-    folder = sources.add_parser("folder", help="a subfolder of images for each identity", description=rule)
+    folder = sources.add_parser("folder", help="a subfolder of images for each identity", description=RESIZE_RULE)
     folder.add_argument("source", type=Path, metavar="FOLDER")
     folder.add_argument("--skip-bad", action="store_true", help="name images that do not decode and leave them out")
     _common(folder, run=_pack_folder, held_out=0, pairs=2000)
@@ -125,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("folder", type=Path)
     inspect.set_defaults(run=_inspect)
 
-    make_bin = commands.add_parser("bin", help="a verification set of a folder of identities", description=rule)
+    make_bin = commands.add_parser("bin", help="a verification set of a folder of identities", description=RESIZE_RULE)
     make_bin.add_argument("source", type=Path, metavar="FOLDER")
     _common(make_bin, run=_bin, held_out=None, pairs=6000)
     return parser

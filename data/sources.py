@@ -19,6 +19,11 @@ from data.synthetic import SyntheticFaces
 
 IMAGE_SIZE = 112
 """Height and width in pixels of what the field trains on."""
+RESIZE_RULE = (
+    "JPEG and PNG images that are 112x112 and 8-bit RGB or grey are packed untouched. Any other is turned "
+    "upright by its EXIF orientation, converted to RGB, scaled with a bicubic filter so that it just covers 112x112, "
+    "cropped about its centre, and packed as JPEG of quality 95 without colour subsampling."
+)
 _QUALITY = 95
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -112,11 +117,7 @@ def _is_image(name: str) -> bool:
 
 
 def encode_image(content: bytes) -> bytes:
-    """Make a JPEG or PNG file a 112x112 image.
-
-    One that is 112x112 and 8-bit RGB or grey is returned untouched, byte for byte. Any other is turned upright by
-    its EXIF orientation, converted to RGB, scaled with a bicubic filter so that it just covers 112x112, cropped
-    about its centre, and stored as JPEG of quality 95 without colour subsampling.
+    """Make a JPEG or PNG file a 112x112 image, as RESIZE_RULE says.
 
     Raises ValueError when it does not decode.
     """

@@ -1,0 +1,333 @@
+"""`python -m data`: packed sets are what was asked for, whole or not there; what is wrong is said in one line."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.__main__ import main
+from data.errors import DataError
+from data.header import EXACT, Header, unpack
+from data.index import read_index
+from data.pack import write_records
+from data.recordio import RecordReader
+from data.records import RecordSet
+from data.sources import encode_image
+from data.synthetic import SyntheticFaces, plan_samples
+from data.verification_bin import read_bin
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "--identities",
+    "6",
+    "--images-per-identity",
+    "4",
+    "--verification-identities",
+    "3",
+    "--pairs",
+    "10",
+    "--seed",
+    "5",
+)
+
+
+def _synthetic(out: Path, *arguments: str, workers: int = 1) -> int:
+    return main(["pack", "synthetic", "--out", str(out), "--workers", str(workers), *SMALL, *arguments])
+
+
+def _error(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _encode(image: Image.Image, kind: str, **settings: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **settings)
+    return out.getvalue()
+
+
+def _picture(width: int = 112, height: int = 112, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def people(tmp_path: Path) -> Path:
+    """Four identities, 3 images each, all 112x112 JPEG."""
+    for number, name in enumerate(["zoe", "ann", "bob é", "carl"]):
+        (tmp_path / "people" / name).mkdir(parents=True)
+        for image in range(3):
+            content = _encode(_picture(seed=10 * number + image), "JPEG", quality=80)
+            (tmp_path / "people" / name / f"{image}.jpg").write_bytes(content)
+    return tmp_path / "people"
+
+
+def test_synthetic_set_in_the_layout_of_insightface(tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    assert _synthetic(out, "--label-noise", "0.25") == 0
+    assert sorted(_files(out)) == ["property", "train.idx", "train.rec", "verification.bin"]
+    assert (out / "property").read_text() == "6,112,112\n"
+    plan = plan_samples(identities=6, images_per_identity=4, long_tail=0.0, label_noise=0.25, seed=5)
+    plan = plan[np.argsort(plan[:, 2], kind="stable")]
+    faces = SyntheticFaces(identities=6, seed=5)
+    records = RecordSet.open(out)
+    assert records.layout == "insightface"
+    assert records.labels.tolist() == plan[:, 2].tolist()
+    for sample, (identity, image, label) in enumerate(plan.tolist()):
+        assert records.image(sample) == (label, faces.jpeg(identity, image))
+
+    keys = [int(line.split("\t")[0]) for line in (out / "train.idx").read_text().splitlines()]
+    assert keys == [*range(1, 31), 0], "images, then identity headers, key 0 last"
+    reader = RecordReader(out / "train.rec")
+    index = read_index(out / "train.idx", reader)
+    headers = [unpack(reader.read_at(offset)) for offset in index.offsets[24:].tolist()]
+    ends = 1 + np.cumsum(np.bincount(plan[:, 2], minlength=6))
+    assert [header.labels for header, _ in headers] == [*zip([1, *ends[:-1]], ends, strict=True), (25, 31)]
+    assert {(header.flag, len(image)) for header, image in headers} == {(2, 0)}
+
+
+def test_verification_pairs_are_of_other_identities(tmp_path: Path) -> None:
+    assert _synthetic(tmp_path) == 0
+    images, same = read_bin(tmp_path / "verification.bin")
+    assert (len(images), same.tolist()) == (20, [True, False] * 5)
+    faces = SyntheticFaces(identities=3, seed=5, first_identity=6)
+    known = {faces.jpeg(identity, image): identity for identity in range(3) for image in range(4)}
+    persons = [known[image] for image in images]
+    assert [first == second for first, second in zip(persons[::2], persons[1::2], strict=True)] == same.tolist()
+    records = RecordSet.open(tmp_path)
+    assert not set(images) & {bytes(records.image(sample)[1]) for sample in range(records.num_samples)}
+    with (tmp_path / "verification.bin").open("rb") as file:
+        assert pickle.load(file) == (images, same.tolist())
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    many = ("--identities", "20", "--images-per-identity", "8")
+    assert _synthetic(tmp_path / "one", *many) == 0
+    assert _synthetic(tmp_path / "two", *many, workers=2) == 0
+    assert _files(tmp_path / "one") == _files(tmp_path / "two")
+
+
+def test_a_set_is_replaced_only_by_force(tmp_path: Path, people: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "set"
+    assert main(["pack", "folder", str(people), "--out", str(out), "--workers", "1"]) == 0
+    before = _files(out)
+    capsys.readouterr()
+    assert _synthetic(out) == 2
+    assert "--force" in _error(capsys)
+    assert _files(out) == before
+    assert _synthetic(out, "--force") == 0
+    assert sorted(_files(out)) == ["property", "train.idx", "train.rec", "verification.bin"]
+
+
+def test_folder(tmp_path: Path, people: Path) -> None:
+    (people / "ann" / "notes.txt").write_text("not an image")
+    (people / ".cache").mkdir()
+    (people / "list.txt").write_text("not a folder")
+    out = tmp_path / "out" / "set"
+    assert main(["pack", "folder", str(people), "--out", str(out), "--workers", "2"]) == 0
+    assert (out / "identities.txt").read_text(encoding="utf-8").splitlines() == ["ann", "bob é", "carl", "zoe"]
+    records = RecordSet.open(out)
+    assert (records.num_samples, records.num_classes, records.layout) == (12, 4, "insightface")
+    expected = [path.read_bytes() for path in sorted(people.rglob("*.jpg"))]
+    assert [bytes(records.image(sample)[1]) for sample in range(12)] == expected, "byte for byte"
+    assert records.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_folder_with_identities_held_out(tmp_path: Path, people: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["pack", "folder", str(people), "--out", str(tmp_path / "set"), "--workers", "1", "--pairs", "4"]
+    assert main([*command, "--verification-identities", "2"]) == 0
+    names = (tmp_path / "set" / "identities.txt").read_text(encoding="utf-8").splitlines()
+    assert len(names) == 2
+    owner = {path.read_bytes(): path.parent.name for path in people.rglob("*.jpg")}
+    records = RecordSet.open(tmp_path / "set")
+    assert [owner[bytes(records.image(n)[1])] for n in range(6)] == [names[0]] * 3 + [names[1]] * 3
+    images, same = read_bin(tmp_path / "set" / "verification.bin")
+    persons = [owner[image] for image in images]
+    assert not set(persons) & set(names)
+    assert [first == second for first, second in zip(persons[::2], persons[1::2], strict=True)] == same.tolist()
+    capsys.readouterr()
+    assert main([*command, "--verification-identities", "4", "--force"]) == 2
+    assert "expected fewer than the 4" in _error(capsys)
+
+
+def test_bin_of_a_folder(tmp_path: Path, people: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bin", str(people), "--out", str(tmp_path / "people.bin"), "--pairs", "6", "--workers", "1"]
+    assert main(command) == 0
+    images, same = read_bin(tmp_path / "people.bin")
+    assert (len(images), same.sum()) == (12, 3)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "--force" in _error(capsys)
+    assert main([*command, "--force", "--pairs", "1000"]) == 2
+    assert "expected 500 different pairs of one person, found 12" in _error(capsys)
+    assert read_bin(tmp_path / "people.bin").images == images
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_images_of_the_right_size_are_untouched(kind: str, mode: str) -> None:
+    content = _encode(_picture().convert(mode), kind)
+    assert encode_image(content) is content
+
+
+@pytest.mark.parametrize(("width", "height"), [(224, 224), (200, 150), (60, 90), (112, 113)])
+def test_other_sizes_cover_and_are_cropped(width: int, height: int) -> None:
+    picture = _picture(width, height)
+    with Image.open(io.BytesIO(encode_image(_encode(picture, "PNG")))) as image:
+        assert (image.size, image.mode, image.format) == ((112, 112), "RGB", "JPEG")
+        got = np.asarray(image, np.float64)
+    scale = 112 / min(width, height)
+    scaled = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    left, top = (scaled.width - 112) // 2, (scaled.height - 112) // 2
+    crop = np.asarray(scaled.crop((left, top, left + 112, top + 112)), np.float64)
+    assert np.abs(got - crop).mean() < 3  # of 255: half a pixel of crop and the JPEG
+
+
+def test_orientation_and_modes() -> None:
+    picture = _picture(224, 224)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    turned = encode_image(_encode(picture.rotate(90), "JPEG", exif=exif, quality=95))
+    plain = encode_image(_encode(picture, "JPEG", quality=95))
+    difference = np.asarray(Image.open(io.BytesIO(turned)), float) - np.asarray(Image.open(io.BytesIO(plain)), float)
+    assert np.abs(difference).mean() < 3
+    for mode in ("RGBA", "P", "LA", "1", "I;16"):
+        content = _encode(picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode), "PNG")
+        with Image.open(io.BytesIO(encode_image(content))) as image:
+            assert (image.size, image.mode) == ((112, 112), "RGB")
+
+
+def test_images_that_do_not_decode(tmp_path: Path, people: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "set"
+    good = (people / "bob é" / "1.jpg").read_bytes()
+    command = ["pack", "folder", str(people), "--out", str(out), "--workers", "1"]
+    for content in (b"", b"text", good[: len(good) // 2], _encode(_picture(), "GIF")):
+        (people / "bob é" / "1.jpg").write_bytes(content)
+        assert main(command) == 2
+        assert "bob é/1.jpg: expected a JPEG or PNG image" in _error(capsys)
+        assert not any(out.iterdir()), "a broken run leaves nothing"
+    assert main([*command, "--skip-bad"]) == 0
+    printed = capsys.readouterr()
+    assert "left out: " in printed.err
+    assert "1 left out" in printed.out
+    assert RecordSet.open(out).labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pack", "folder", "{}/none", "--out", "{}/set"], "none: cannot read it (No such file or directory)"),
+        (["pack", "folder", "{}/file", "--out", "{}/set"], "file: cannot read it (Not a directory)"),
+        (["pack", "folder", "{}/empty", "--out", "{}/set"], "expected a subfolder of images for each identity"),
+        (["pack", "folder", "{}", "--out", "{}/set"], "empty: no JPEG or PNG file in it"),
+        (["pack", "synthetic", "--out", "{}/file"], "file"),
+        (["pack", "synthetic", "--out", "{}/file/set"], "cannot write it (Not a directory)"),
+        (["pack", "synthetic", "--out", "{}/set", "--verification-identities", "1"], "pairs of one person, found 190"),
+        (["index", "{}/none.rec"], "none.rec: cannot read it (No such file or directory)"),
+        (["index", "{}/file"], "expected records, found an empty file"),
+        (["inspect", "{}/none"], "train.rec: missing"),
+        (["bin", "{}/none", "--out", "{}/a.bin"], "none: cannot read it"),
+    ],
+)
+def test_errors_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    command = [argument.replace("{}", str(tmp_path)) for argument in arguments]
+    assert main([*command, *(["--workers", "1"] if command[0] in ("pack", "bin") else [])]) == 2
+    assert message in _error(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["pack"],
+        ["pack", "synthetic"],
+        ["pack", "synthetic", "--out", "x", "--identities", "1"],
+        ["pack", "synthetic", "--out", "x", "--label-noise", "1.5"],
+        ["pack", "synthetic", "--out", "x", "--long-tail", "many"],
+        ["pack", "synthetic", "--out", "x", "--workers", "0"],
+        ["index"],
+        ["unpack"],
+    ],
+)
+def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "--help" in _error(capsys)
+
+
+def test_index_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _synthetic(tmp_path) == 0
+    before = (tmp_path / "train.idx").read_bytes()
+    (tmp_path / "train.idx").unlink()
+    assert main(["inspect", str(tmp_path)]) == 2
+    capsys.readouterr()
+    assert main(["index", str(tmp_path / "train.rec")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/train.idx: 24 images, 6 identity headers\n"
+    assert (tmp_path / "train.idx").read_bytes() == before
+    assert main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    for line in ("layout: insightface", "images: 24", "identities: 6", "formats of 24 images: 24 JPEG"):
+        assert line in shown.splitlines()
+    os.truncate(tmp_path / "train.rec", (tmp_path / "train.rec").stat().st_size - 20)
+    assert main(["index", str(tmp_path / "train.rec")]) == 2
+    assert "--images-only" in _error(capsys)
+    assert main(["index", "--images-only", str(tmp_path / "train.rec")]) == 0
+    assert "24 images, 0 identity headers; the record file is cut at byte" in capsys.readouterr().out
+    assert RecordSet.open(tmp_path).layout == "sequential"
+
+
+def test_labels_are_ascending_and_pairs_above_float32(tmp_path: Path) -> None:
+    paths = tmp_path / "a.rec", tmp_path / "a.idx"
+    for labels in ([1, 0], [0, 2], [-1, 0]):
+        with pytest.raises(DataError, match="expected labels ascending"):
+            write_records(*paths, [(label, b"image") for label in labels], num_classes=2)
+    assert write_records(*paths, [], num_classes=2) == 0
+
+    class EnoughError(Exception):
+        """To end before 2^24 identity headers are written."""
+
+    def images() -> object:
+        yield EXACT + 1, b"image"
+        raise EnoughError
+
+    with pytest.raises(EnoughError):
+        write_records(*paths, images(), num_classes=EXACT + 2)  # type: ignore[arg-type]
+    header, image = unpack(RecordReader(paths[0]).read_at(0))
+    assert (header, bytes(image)) == (Header(2, (1.0, 1.0), 1, 0), b"image")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
+    command = [*("-m", "data", "pack", "synthetic", "--out"), str(tmp_path), "--identities", "100000", "--workers", "2"]
+    run = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if any(path.name.startswith(".train.rec") and path.stat().st_size for path in tmp_path.iterdir()):
+            break
+        time.sleep(0.05)
+    run.send_signal(sent)
+    _, errors = run.communicate(timeout=30)
+    assert run.returncode == 130
+    assert errors.splitlines() == ["error: interrupted; nothing was written"]
+    assert not list(tmp_path.iterdir())
