@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from data.errors import DataError
 from data.files import appearing
-from data.header import EXACT
+from data.header import EXACT, HeaderError
 from data.heads import Heads, read_heads
 from data.recordio import HEAD, CutError, RecordError, RecordReader, cut_action, rebuild_action
 
@@ -108,6 +108,8 @@ def rebuild(
         raise RecordError(reader.path, 0, "records", cut or "an empty file", "pack the set again")
     offsets = np.array(found, np.int64)
     heads = read_heads(reader, offsets)
+    if heads.is_identity.all():
+        raise RecordError(reader.path, 0, "images", "identity headers only", "pack the set again")
     identities = int(heads.is_identity.sum())
     if images_only or not identities:
         offsets = offsets[~heads.is_identity]
@@ -139,17 +141,17 @@ def find_identities(reader: RecordReader, by_key: npt.NDArray[np.int64], key_0: 
     """First key of the identity headers, of the offsets by_key (n,) and the range that key 0 states; they end at n.
 
     Above 2^24 float32 rounds that range, so the true start is looked for within the rounding.
-    Raises ValueError when the range does not agree with the index.
+    Raises HeaderError when the range does not agree with the index, RecordError when the file is damaged there.
     """
     stated, end = key_0
     if not 2 <= stated < end or float(np.float32(len(by_key))) != end:
-        raise ValueError(
-            f"an index of {len(by_key)} keys, key 0 states identity headers from {stated:.0f} to {end:.0f}"
+        raise HeaderError(
+            "as many keys as key 0 states", f"{len(by_key)} keys and identity headers from {stated:.0f} to {end:.0f}"
         )
     reach = 1 if stated < EXACT else int(np.spacing(np.float32(stated)))
     first = max(int(stated) - reach, 1)
     is_identity = read_heads(reader, by_key[first : int(stated) + reach]).is_identity
     start = first + int(np.argmax(is_identity))
     if not is_identity[start - first :].all() or is_identity[0] or float(np.float32(start)) != stated:
-        raise ValueError(f"no identity header at key {stated:.0f}, where key 0 states the first")
+        raise HeaderError(f"the first identity header at key {stated:.0f}, as key 0 states", "another kind of record")
     return start

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
-from data.header import EXACT
+from data.header import EXACT, HeaderError
 from data.heads import Heads, read_heads
 from data.index import Index, find_identities
 from data.recordio import CutError, RecordError, RecordReader, cut_action, images_only_action, rebuild_action
@@ -46,10 +46,10 @@ def find_layout(index_path: Path, index: Index, reader: RecordReader) -> Layout:
     by_key[index.keys[within]] = index.offsets[within]
     try:
         if not within.all():
-            raise ValueError(f"keys 0 to {len(by_key) - 1}, found {index.keys.max()}")
+            raise HeaderError(f"keys from 0 to {len(by_key) - 1}", f"{index.keys.max()}")
         start = find_identities(reader, by_key, (float(heads.labels[0, 0]), float(heads.labels[0, 1])))
-    except ValueError as error:
-        raise DataError(f"{index_path}: expected {error} ({rebuild_action(reader.path)})") from None
+    except HeaderError as error:
+        raise DataError(f"{index_path}: {error} ({rebuild_action(reader.path)})") from None
     is_image = (index.keys > 0) & (index.keys < start)
     return Layout("insightface", Index(index.keys[is_image], index.offsets[is_image]), by_key[start:])
 

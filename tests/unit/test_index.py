@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.header import EXACT
+from data.header import EXACT, HeaderError
 from data.index import Index, find_identities, read_index, rebuild, write_index
 from data.recordio import CutError, RecordError, RecordReader
 from tests.record_files import image_record, insightface_records, write_set
@@ -130,6 +130,13 @@ def test_cut_files(folder: Path) -> None:
         rebuild(RecordReader(rec), images_only=True)
 
 
+def test_a_file_without_images(tmp_path: Path) -> None:
+    _, reader = _open(write_set(tmp_path, [image_record(1, [1, 1], b""), image_record(0, [1, 2], b"")], classes=1))
+    for images_only in (False, True):
+        with pytest.raises(RecordError, match="byte 0: expected images, found identity headers only"):
+            rebuild(reader, images_only=images_only)
+
+
 def test_records_without_headers_are_no_images(tmp_path: Path) -> None:
     _, reader = _open(write_set(tmp_path, [(0, b"short"), (1, b"")], classes=1))
     with pytest.raises(RecordError, match="byte 0: expected a header of 24 bytes, found a payload of 5"):
@@ -151,7 +158,7 @@ def test_identity_headers_are_found_where_float32_rounds(tmp_path: Path, images:
     reader = RecordReader(tmp_path / "train.rec")
     assert find_identities(reader, by_key, stated) == start
     for wrong in ((stated[0] - 8, stated[1]), (stated[0], stated[1] + 8), (stated[1], stated[1]), (0.0, stated[1])):
-        with pytest.raises(ValueError, match="key 0 states"):
+        with pytest.raises(HeaderError, match="key 0 states"):
             find_identities(reader, by_key, wrong)
 
 
