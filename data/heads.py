@@ -1,4 +1,4 @@
-"""Headers of many records at once, read by their places in the memory map: some ten million a second from memory."""
+"""Headers of many records at once, read by their places in the memory map: some millions a second from memory."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def encode_pairs(encoder: Encoder, source: Source, pairs: Pairs) -> Iterator[byt
     """The 2P images of the pairs, in the order of a verification set. Raises DataError when one cannot be had."""
     for image in encoder.encode(source, pairs.images.reshape(-1, 2)):
         if isinstance(image, DataError):
-            raise image
+            raise DataError(f"{image} (repair or remove it: a pair needs both of its images)")
         yield image
 
 
