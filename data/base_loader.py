@@ -1,0 +1,111 @@
+"""What both loaders share: which samples, which flips, what becomes of images that do not decode.
+
+An image that does not decode keeps its sample id, gets label -1 and the pixels of the next good image of its local
+batch (round the end), so that BatchNorm sees faces only; with no good image at all the batch is black. Each such
+sample is named once in the log. Anything else that is wrong (record structure, labels) raises, in its batch's turn.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data.batch import Batch, ImageSource
+from data.errors import DataError
+from data.sampler import BatchPlan
+from data.transforms import flips
+
+_log = logging.getLogger(__name__)
+
+
+class Draft:
+    """A local batch in the making. Threads fill rows of their own; only the consumer reads all of them."""
+
+    def __init__(self, samples_B: npt.NDArray[np.int64], flips_B: npt.NDArray[np.bool_], *, pinned: bool) -> None:
+        self.flips_B = flips_B
+        self.facts_2B = torch.empty(2, len(samples_B), dtype=torch.int64, pin_memory=pinned)
+        self.labels_B, self.samples_B = self.facts_2B.numpy()  # together, so that one copy takes both to a GPU
+        self.samples_B[:] = samples_B
+        self.faults: dict[int, str] = {}
+        """Row to reason, of images that do not decode."""
+
+    def donors(self) -> npt.NDArray[np.int64] | None:
+        """Row whose pixels each row shows: its own, or the next good one's. int64 (B,); None: there is no good one."""
+        rows = np.arange(len(self.samples_B))
+        good = np.setdiff1d(rows, list(self.faults))
+        if not len(good):
+            return None
+        return good[np.searchsorted(good, rows) % len(good)]
+
+
+class RecordLoader(ABC):
+    """A loader over an `ImageSource`; see `data.batch.Loader`, and `data.loader.build_loader` for the arguments.
+
+    At most `prefetch` drafts are in work beyond the batch that the consumer holds.
+    """
+
+    backend: str
+
+    def __init__(
+        self,
+        records: ImageSource,
+        *,
+        plan: BatchPlan,
+        device: torch.device,
+        threads: int,
+        prefetch: int,
+        flip: bool,
+    ) -> None:
+        self._records, self._plan, self._device = records, plan, device
+        self._threads, self._ahead, self._flip = threads, prefetch, flip
+        self._pinned = device.type == "cuda"
+        self._named: set[int] = set()
+        self._open: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+        self.steps_per_epoch = plan.steps_per_epoch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Batches from `start_step` to the end of the epoch. Work begins with the first `next`."""
+        if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
+            raise DataError(
+                f"expected epoch >= 0 and start_step 0 to {self.steps_per_epoch}, got {epoch=}, {start_step=}"
+            )
+        stream = self._batches(epoch, start_step)
+        self._open.add(stream)
+        return stream
+
+    def close(self) -> None:
+        """Close every epoch that is still open. The records stay open: they belong to the caller."""
+        for stream in list(self._open):
+            stream.close()
+
+    @abstractmethod
+    def _batches(self, epoch: int, start_step: int) -> Generator[Batch, None, None]:
+        """The generator behind `epoch`."""
+
+    def _plans(self, epoch: int, start_step: int) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
+        """(sample ids, flips) of each step."""
+        for step in range(start_step, self.steps_per_epoch):
+            samples_B = self._plan.samples(epoch, step)
+            if self._flip:
+                yield samples_B, flips(samples_B, seed=self._plan.order.seed, epoch=epoch)
+            else:
+                yield samples_B, np.zeros(len(samples_B), np.bool_)
+
+    def _finish(self, draft: Draft, images_BHW3: Tensor) -> Batch:
+        """The batch of a complete draft: bad rows named and unlabelled, everything on the device."""
+        for row, reason in sorted(draft.faults.items()):
+            draft.labels_B[row] = -1
+            sample = int(draft.samples_B[row])
+            if sample not in self._named:
+                self._named.add(sample)
+                _log.warning("sample %d does not decode, it is left out: %s", sample, reason)
+        labels_B, samples_B = draft.facts_2B.to(self._device, non_blocking=True)
+        images_BHW3 = images_BHW3.to(self._device, non_blocking=True)
+        return Batch(images_BHW3.permute(0, 3, 1, 2), labels_B, samples_B)

@@ -1,0 +1,48 @@
+"""What a loader hands out, what every loader can do, and what it needs of a training set."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's images of one step."""
+
+    images: Tensor
+    """uint8 (B, 3, H, W), RGB 0 … 255, on the loader's device; channels last in memory, as decoders write them."""
+    labels: Tensor
+    """int64 (B,), the class, or -1 for an image that did not decode: losses, bank and counters skip the row."""
+    sample_ids: Tensor
+    """int64 (B,), the number of the image in the set."""
+
+
+class ImageSource(Protocol):
+    """The part of `data.records.RecordSet` that loaders use; `image` is called from several threads at once."""
+
+    @property
+    def num_samples(self) -> int: ...
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of every image."""
+
+    def image(self, sample: int) -> tuple[int, memoryview]:
+        """(label, encoded image); a DataError or RecordError ends the epoch, see `data.base_loader`."""
+
+
+class Loader(Protocol):
+    """Batches of one rank. Both loaders give the same ones: ids and labels exactly, pixels within 2 grey levels."""
+
+    backend: str
+    steps_per_epoch: int
+    """The same on every rank."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
+        """Batches `start_step`, start_step + 1, … of an epoch. Closing the generator ends its threads."""
+
+    def close(self) -> None:
+        """Close every epoch that is still open."""
