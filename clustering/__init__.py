@@ -1,0 +1,1 @@
+"""Clusters beside the training: bank, k-means, hard level, margins, alignment and contrastive losses, one service."""

@@ -1,0 +1,90 @@
+"""Which cluster belongs to which class, and the loss that draws a class centre to its cluster. Ours: docs/method.md.
+
+Legend: N rows of the global batch, D embedding size, R classes of this rank, K clusters, Q non-zero entries of T,
+U distinct classes of the batch that this rank owns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from clustering.hardness import CountTable
+from partial_fc.collectives import GatheredBatch, all_reduce_
+
+
+def match_classes(table: CountTable, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Greedy one-to-one matching of classes and clusters by T, the same for any number of ranks.
+
+    The greedy rule takes the entries of T by (count descending, class, cluster) and matches each whose class and
+    cluster are both free. Here all entries that are the best left of their class and of their cluster are
+    matched at once, round by round. In that total order nothing that comes before such an entry shares its class
+    or cluster, so the greedy rule takes it too; hence both end with the same matching.
+
+    Returns (class_K, owner_K), int64 (K,), the same on all ranks. class_K: the matched class, -1 for none.
+    owner_K: the matched class, for an extra cluster the class of largest count, -1 for an empty cluster.
+    Collectives: two all-reduces of K int64 a round, one more at the end. Rounds: a few on data of faces; at
+    most one for each class.
+    """
+    free_Q = torch.ones_like(table.row_Q, dtype=torch.bool)
+    class_K = table.cluster_Q.new_full((table.num_clusters,), -1)
+    owner_K: Tensor | None = None
+    class_Q = table.row_Q + table.shard.start
+    while True:
+        best_K, _ = table.best_class(free_Q, group)
+        if owner_K is None:
+            owner_K = best_K
+        if not bool((best_K >= 0).any()):
+            return class_K, torch.where(class_K >= 0, class_K, owner_K)
+        best_R = table.best_cluster(free_Q)
+        mutual_Q = free_Q & (best_K[table.cluster_Q] == class_Q) & (best_R[table.row_Q] == table.cluster_Q)
+        found_K = torch.full_like(class_K, -1)
+        found_K[table.cluster_Q[mutual_Q]] = class_Q[mutual_Q]
+        all_reduce_(found_K, group, dist.ReduceOp.MAX)
+        class_K = torch.where(found_K >= 0, found_K, class_K)
+        taken_R = torch.zeros(table.shard.size, dtype=torch.bool, device=class_K.device)
+        taken_R[table.row_Q[mutual_Q]] = True
+        free_Q &= ~taken_R[table.row_Q] & (class_K[table.cluster_Q] < 0)
+
+
+class _GlobalSum(torch.autograd.Function):
+    """Sum over ranks; backward hands each rank the gradient of its own part, unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return all_reduce_(part.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _first_of_each(values_N: Tensor) -> Tensor:
+    """True at one place of every distinct value, bool (N,), without a host sync."""
+    sorted_N, order_N = values_N.sort(stable=True)
+    first_N = torch.ones_like(sorted_N, dtype=torch.bool)
+    first_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    return torch.empty_like(first_N).scatter_(0, order_N, first_N)
+
+
+def alignment_loss(batch: GatheredBatch, weight_RD: Tensor, anchor_RD: Tensor, f_R: Tensor, first_class: int) -> Tensor:
+    """L_al = mean over the distinct classes of the global batch of F_y (1 - cos(W_y, a_y)): a scalar, global.
+
+    weight_RD: raw class centres of this rank. anchor_RD: a_y, the unit centre of the cluster matched to class y,
+    without gradient. f_R: F_y. first_class: the shard's first. A class centre's gradient is complete on its
+    owner, tangent to it, and sparse: only rows of classes in the batch, so that a row-sparse optimizer leaves
+    the others alone. Forward runs one all-reduce of one float and, to size that gradient, one host sync.
+    """
+    labels_N = batch.labels_N
+    distinct_N = _first_of_each(labels_N) & (labels_N >= 0)
+    owned_N = distinct_N & (labels_N >= first_class) & (labels_N < first_class + weight_RD.shape[0])
+    row_U = (labels_N[owned_N] - first_class).sort().values
+    w_UD = F.normalize(F.embedding(row_U, weight_RD, sparse=True))
+    gap_U = 1 - (w_UD * anchor_RD[row_U]).sum(1)
+    part = (f_R[row_U] * gap_U).sum() / distinct_N.sum().clamp_min(1)
+    total: Tensor = _GlobalSum.apply(part, batch.group)  # type: ignore[no-untyped-call]
+    return total

@@ -1,0 +1,117 @@
+"""Supervised contrastive loss between embeddings and cluster centres, streamed. Ours, see docs/method.md.
+
+    loss_i = -log( P / (P + O) ) = log1p(O / P)
+    P = sum over the clusters k that class y_i owns of w_k exp(z c_k / tau)      O = the same over all others, w = 1
+
+A class that k-means splits owns several clusters: any of them may explain the sample, and none is a negative.
+Cosines are bounded, so exp() stays below exp(1/tau) and needs no pass for a maximum. The gradient
+
+    d loss_i / dz = U_O / (P + O) - (U_P / P) (O / (P + O)),    U = sum of the same terms times c_k / tau
+
+is emitted by the forward pass: U_O and U_P are collected beside O and P, and nothing is left for backward.
+Two tiles (N, s) live at a time, whatever the number of clusters.
+
+Legend: N rows of the global batch, D embedding size, S candidate clusters of this rank, s of them in a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clustering.products import product
+from partial_fc.collectives import GatheredBatch, all_reduce_
+
+_TILE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
+"""Numbers of one (N, s) tile: 1 MB of float32 on a CPU core, 256 MB on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """Clusters of this rank that take part in the loss."""
+
+    c_SD: Tensor
+    """Unit centres. They get no gradient."""
+    owner_S: Tensor
+    """int64: the class that owns the cluster; -1: it takes no part."""
+    weight_S: Tensor
+    """w_k; sums to 1 over the clusters of a class, on all ranks together."""
+
+    @classmethod
+    def build(cls, *, cluster_S: Tensor, c_SD: Tensor, owner_S: Tensor, weight_S: Tensor) -> Candidates:
+        """Columns of the clusters `cluster_S` (int64); a cluster that comes again takes no part a second time."""
+        sorted_S, order_S = cluster_S.sort(stable=True)
+        again_S = torch.zeros_like(sorted_S, dtype=torch.bool)
+        again_S[1:] = sorted_S[1:] == sorted_S[:-1]
+        again_S = torch.empty_like(again_S).scatter_(0, order_S, again_S)
+        return cls(c_SD=c_SD, owner_S=torch.where(again_S, -1, owner_S), weight_S=weight_S)
+
+
+class _StreamingContrast(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        labels_N: Tensor,
+        taken_N: Tensor,
+        candidates: Candidates,
+        temperature: float,
+        product_dtype: torch.dtype,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        N = x_ND.shape[0]
+        sums_2N = x_ND.new_zeros(2, N)
+        own_N, other_N = sums_2N
+        u_own_ND, u_other_ND = torch.zeros_like(x_ND), torch.zeros_like(x_ND)
+        step = max(64, _TILE_NUMBERS[x_ND.device.type] // max(N, 1))
+        tiles = (candidates.c_SD.split(step), candidates.owner_S.split(step), candidates.weight_S.split(step))
+        for c_sD, owner_s, weight_s in zip(*tiles, strict=True):
+            e_Ns = product(x_ND, c_sD.T, product_dtype).div_(temperature).exp_()
+            e_Ns.masked_fill_(owner_s < 0, 0)
+            mine_Ns = owner_s == labels_N[:, None]
+            e_own_Ns = torch.where(mine_Ns, e_Ns * weight_s, 0)
+            e_Ns.masked_fill_(mine_Ns, 0)
+            own_N += e_own_Ns.sum(1)
+            other_N += e_Ns.sum(1)
+            u_own_ND += product(e_own_Ns, c_sD, product_dtype)
+            u_other_ND += product(e_Ns, c_sD, product_dtype)
+        all_reduce_(sums_2N, group)
+        # Logarithms of the sums, as their ratio can leave float32. A class without a cluster draws nowhere: 0.
+        drawn_N = taken_N & (own_N > 0)
+        odds_N = torch.where(drawn_N, other_N.log() - own_N.log(), float("-inf"))
+        share_N = drawn_N / (temperature * taken_N.sum().clamp_min(1))
+        u_other_ND.mul_((share_N / (own_N + other_N).clamp_min(torch.finfo(x_ND.dtype).tiny))[:, None])
+        pull_N = torch.where(drawn_N, share_N * odds_N.sigmoid() / own_N, 0)
+        ctx.save_for_backward(u_other_ND.sub_(u_own_ND.mul_(pull_N[:, None])))
+        return torch.nn.functional.softplus(odds_N).sum() / taken_N.sum().clamp_min(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (dx_ND,) = ctx.saved_tensors
+        return grad * dx_ND, None, None, None, None, None, None
+
+
+def contrastive_loss(
+    batch: GatheredBatch,
+    candidates: Candidates,
+    suspect_N: Tensor,
+    *,
+    temperature: float,
+    product_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """L_scc: mean of loss_i over the rows that take part; a scalar, the same on all ranks, 0 when none does.
+
+    Rows that are suspect (bool (N,)) or have label -1 take no part; a row whose class owns no candidate adds 0.
+    temperature: tau, above 0.02 so that exp(1 / tau) fits float32. product_dtype: operands of the matrix products.
+    Backward gives x_ND this rank's candidates' share of the gradient (sum over ranks to get all of it). Forward
+    runs one all-reduce of 2N floats, backward none; no host sync.
+    """
+    taken_N = (batch.labels_N >= 0) & ~suspect_N
+    loss: Tensor = _StreamingContrast.apply(  # type: ignore[no-untyped-call]
+        batch.x_ND, batch.labels_N, taken_N, candidates, temperature, product_dtype, batch.group
+    )
+    return loss

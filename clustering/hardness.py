@@ -1,0 +1,154 @@
+"""The hard level of each class: how far k-means, which sees no labels, disagrees with them. Ours, see docs/method.md.
+
+Everything is counted from T, the number of samples of class y in cluster k, as sparse triplets on the owner of y.
+Functions with a `group` run collectives and say how many.
+
+Legend: P samples of this rank's classes, R its classes (its rows), C all classes, K clusters, Q non-zero entries of T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clustering.shards import add_rows_
+from partial_fc.collectives import all_reduce_
+from sharding import Shard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CountTable:
+    """This rank's rows of T, its non-zero entries sorted by (class, cluster)."""
+
+    row_Q: Tensor
+    """int64, class minus the shard's first."""
+    cluster_Q: Tensor
+    count_Q: Tensor
+    """int64, at least 1."""
+    shard: Shard
+    num_classes: int
+    num_clusters: int
+
+    @classmethod
+    def count(
+        cls, class_P: Tensor, cluster_P: Tensor, counted_P: Tensor, shard: Shard, num_classes: int, num_clusters: int
+    ) -> CountTable:
+        """T over the samples of `counted_P` that have a cluster. Class and cluster int64, counted bool; all (P,)."""
+        taken_P = counted_P & (cluster_P >= 0)
+        key = (class_P[taken_P] - shard.start) * num_clusters + cluster_P[taken_P]
+        pair_Q, count_Q = key.unique(return_counts=True)
+        return cls(
+            row_Q=pair_Q // num_clusters,
+            cluster_Q=pair_Q % num_clusters,
+            count_Q=count_Q,
+            shard=shard,
+            num_classes=num_classes,
+            num_clusters=num_clusters,
+        )
+
+    def by_row(self, values_Q: Tensor) -> Tensor:
+        """Sum of the values over each class: (R,)."""
+        return values_Q.new_zeros(self.shard.size).index_add_(0, self.row_Q, values_Q)
+
+    def samples(self) -> Tensor:
+        """N_y, int64 (R,)."""
+        return self.by_row(self.count_Q)
+
+    def cluster_sizes(self, group: dist.ProcessGroup) -> Tensor:
+        """M_k, int64 (K,), over all ranks. One all-reduce."""
+        sizes_K = self.count_Q.new_zeros(self.num_clusters).index_add_(0, self.cluster_Q, self.count_Q)
+        return all_reduce_(sizes_K, group)
+
+    def best_class(self, entries_Q: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+        """For each cluster the class of largest count (ties: the smaller class) and that count, over all ranks.
+
+        entries_Q: bool, the entries that compete. Returns int64 (K,) twice; -1 and 0 where none does. One
+        all-reduce (MAX) of count x C + (C - 1 - class), which orders by count, then by class downwards.
+        """
+        class_Q = self.row_Q + self.shard.start
+        key_Q = torch.where(entries_Q, self.count_Q * self.num_classes + (self.num_classes - 1 - class_Q), -1)
+        key_K = key_Q.new_full((self.num_clusters,), -1).scatter_reduce_(0, self.cluster_Q, key_Q, "amax")
+        all_reduce_(key_K, group, dist.ReduceOp.MAX)
+        class_K = torch.where(key_K >= 0, self.num_classes - 1 - key_K % self.num_classes, -1)
+        return class_K, key_K.clamp_min(0) // self.num_classes
+
+    def best_cluster(self, entries_Q: Tensor) -> Tensor:
+        """For each class here the cluster of largest count (ties: the smaller); int64 (R,), -1 where none."""
+        key_Q = torch.where(entries_Q, self.count_Q * self.num_clusters + (self.num_clusters - 1 - self.cluster_Q), -1)
+        key_R = key_Q.new_full((self.shard.size,), -1).scatter_reduce_(0, self.row_Q, key_Q, "amax")
+        return torch.where(key_R >= 0, self.num_clusters - 1 - key_R % self.num_clusters, -1)
+
+
+def find_suspects(table: CountTable, class_P: Tensor, cluster_P: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The noise gate: samples that look mislabelled, bool (P,). One all-reduce.
+
+    A sample is suspect when another class dominates its cluster while its own class dominates its own modal
+    cluster: then the class has a place of its own, and the sample lies in another's. (It is then outside the
+    modal cluster by itself.) A class whose samples are merely scattered dominates clusters and has no suspects.
+    """
+    every_Q = torch.ones_like(table.row_Q, dtype=torch.bool)
+    dominant_K, _ = table.best_class(every_Q, group)
+    modal_R = table.best_cluster(every_Q)
+    class_R = torch.arange(table.shard.start, table.shard.stop, device=modal_R.device)
+    settled_R = (modal_R >= 0) & (dominant_K[modal_R.clamp_min(0)] == class_R)
+    elsewhere_P = (cluster_P >= 0) & (dominant_K[cluster_P.clamp_min(0)] != class_P)
+    return elsewhere_P & settled_R[class_P - table.shard.start]
+
+
+def agreement(table: CountTable, size_K: Tensor) -> Tensor:
+    """F_y = 2PR / (P + R), float64 (R,): BCubed precision P and pairwise recall R of each class.
+
+    P_y = sum_k T_yk^2 / (N_y M_k), R_y = sum_k T_yk (T_yk - 1) / (N_y (N_y - 1)). size_K: M_k over all ranks.
+    A class of one sample has no pair that could be parted: R = 1. A class without samples: F = 0. No collective.
+    """
+    count_Q = table.count_Q.double()
+    n_R = table.samples().double()
+    p_R = table.by_row(count_Q.square() / size_K[table.cluster_Q].clamp_min(1)) / n_R.clamp_min(1)
+    r_R = table.by_row(count_Q * (count_Q - 1)) / (n_R * (n_R - 1)).clamp_min(1)
+    r_R = torch.where(n_R == 1, 1.0, r_R)
+    return 2 * p_R * r_R / (p_R + r_R).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def cohesion(x_PD: Tensor, row_P: Tensor, counted_P: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """rho_y, the mean cosine over the pairs of distinct samples of a class, float64 (R,), and sum z, (R, D).
+
+    rho = (|sum z|^2 - sum |z|^2) / (N (N - 1)): exact for any N >= 2, 0 below. Rows are unit up to the bank's
+    rounding, which sum |z|^2 in place of N takes out. row_P: class minus the shard's first. No collective.
+    """
+    dtype = torch.promote_types(x_PD.dtype, torch.float32)
+    sums_RD = torch.zeros(num_rows, x_PD.shape[1], dtype=dtype, device=x_PD.device)
+    squares_R = torch.zeros(num_rows, dtype=torch.float64, device=x_PD.device)
+    n_R = torch.zeros(num_rows, dtype=torch.float64, device=x_PD.device)
+    for point_q in counted_P.nonzero()[:, 0].split(65536):
+        add_rows_(sums_RD, row_P[point_q], x_PD, point_q)
+        squares_R.index_add_(0, row_P[point_q], x_PD[point_q].double().square().sum(1))
+        n_R.index_add_(0, row_P[point_q], torch.ones_like(point_q, dtype=torch.float64))
+    pairs_R = n_R * (n_R - 1)
+    rho_R = (sums_RD.double().square().sum(1) - squares_R) / pairs_R.clamp_min(1)
+    return torch.where(pairs_R > 0, rho_R, 0.0), sums_RD
+
+
+def weighted_mean(values_R: Tensor, weight_R: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Mean over the classes of all ranks, float64 scalar; 0 when all weights are. One all-reduce."""
+    sums = torch.stack([(values_R * weight_R).sum(), weight_R.sum()])
+    total, weight = all_reduce_(sums, group)
+    return torch.where(weight > 0, total / weight.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+
+
+def hard_level(
+    f_R: Tensor, rho_R: Tensor, n_R: Tensor, *, purity_weight: float, shrinkage: float, group: dist.ProcessGroup
+) -> Tensor:
+    """h in [0, 1], float64 (R,): purity_weight (1 - F) + (1 - purity_weight) (1 - clip(rho, 0, 1)), shrunk.
+
+    h = (N h_raw + a mean) / (N + a): a class of few samples says little about itself. The mean is over all
+    classes with pairs, each weighing its samples; a class without pairs takes it. One all-reduce.
+    """
+    raw_R = purity_weight * (1 - f_R) + (1 - purity_weight) * (1 - rho_R.clamp(0, 1))
+    n_R = n_R.double()
+    paired_R = n_R >= 2
+    mean = weighted_mean(raw_R, torch.where(paired_R, n_R, 0.0), group)
+    shrunk_R = (n_R * raw_R + shrinkage * mean) / (n_R + shrinkage).clamp_min(1)
+    return torch.where(paired_R, shrunk_R, mean).clamp(0, 1)

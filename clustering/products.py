@@ -1,0 +1,15 @@
+"""Matrix products with operands of reduced precision and float32 sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, operands rounded to `dtype`, summed in float32 (float64 operands stay what they are)."""
+    if dtype == torch.float32 or a.dtype == torch.float64:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
+    return a.to(dtype).float() @ b.to(dtype).float()  # the same rounding where no such kernel exists

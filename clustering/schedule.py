@@ -1,0 +1,54 @@
+"""When a refresh starts, how many slices a step does, and how strongly the cluster terms count: pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from configs.schema import ClusteringConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefreshSchedule:
+    """`done` counts finished optimizer steps: 1 after the first."""
+
+    total_steps: int
+    first: int
+    """Steps before the first refresh: one epoch, in which every sample may have been seen."""
+    interval: int
+    """Steps between the starts of two refreshes."""
+    span: int
+    """Steps over which one refresh is spread; at most `interval`."""
+    warmup: float
+    ramp_steps: float
+
+    @classmethod
+    def of(cls, config: ClusteringConfig, *, total_steps: int, steps_per_epoch: int) -> RefreshSchedule:
+        interval = max(1, round(config.refresh_epochs * steps_per_epoch))
+        return cls(
+            total_steps=total_steps,
+            first=steps_per_epoch,
+            interval=interval,
+            span=max(1, round(config.refresh_span * interval)),
+            warmup=config.warmup_fraction * total_steps,
+            ramp_steps=config.ramp_fraction * total_steps,
+        )
+
+    def starts_after(self, done: int) -> bool:
+        """A refresh begins when `done` steps are finished, unless it could no longer be of use."""
+        due = done >= self.first and (done - self.first) % self.interval == 0
+        return due and done + self.span < self.total_steps
+
+    def slices_until(self, steps: int, length: int) -> int:
+        """Slices of a refresh of `length` that are to be done `steps` steps after it began: even, all at `span`."""
+        return -(-length * min(steps, self.span) // self.span)
+
+    def ramp(self, step: int) -> float:
+        """0 … 1: weight of the cluster terms in step `step` (from 0).
+
+        Linear growth over `ramp_steps` from the end of the warm-up, or from the first publication when that comes
+        later; all at once when ramp_steps is 0.
+        """
+        begin = max(self.warmup, self.first + self.span)
+        if step < begin or self.total_steps <= self.first + self.span:
+            return 0.0
+        return min(1.0, (step - begin) / self.ramp_steps) if self.ramp_steps else 1.0
