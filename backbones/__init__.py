@@ -1,0 +1,38 @@
+"""Backbones by name: aligned RGB faces of 112 x 112 pixels to embeddings."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from backbones.base import IMAGE_SIZE, Backbone, normalise_pixels
+from backbones.iresnet import BLOCKS, IResNet
+from backbones.mobilefacenet import MobileFaceNet
+from backbones.small import SmallNet
+
+__all__ = ["IMAGE_SIZE", "Backbone", "build_backbone", "names", "normalise_pixels"]
+
+_BUILDERS: dict[str, Callable[..., Backbone]] = {
+    **{f"iresnet{depth}": partial(IResNet, depth) for depth in BLOCKS},
+    "mobilefacenet": MobileFaceNet,
+    "small": SmallNet,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `build_backbone` takes."""
+    return tuple(_BUILDERS)
+
+
+def build_backbone(name: str, *, embedding_size: int = 512, **settings: Any) -> Backbone:
+    """A new backbone with random weights, by torch's global generator.
+
+    embedding_size: D. settings: what the backbone has beside it (`dropout` of the IResNets).
+    Raises ValueError for an unknown name or a value out of range, TypeError for a setting that it does not have.
+    """
+    if name not in _BUILDERS:
+        nearest = difflib.get_close_matches(name, _BUILDERS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"expected one of {', '.join(_BUILDERS)}, got {name!r}: did you mean {nearest}?")
+    return _BUILDERS[name](embedding_size=embedding_size, **settings)

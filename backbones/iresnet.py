@@ -1,0 +1,80 @@
+"""IResNet: the residual network that ArcFace made the field's standard, with the peers' state dict keys.
+
+Architecture: ArcFace (arXiv 1801.07698), section 3.2: blocks BN-Conv-BN-PReLU-Conv-BN after D. Han et al.
+(arXiv 1610.02915), a first convolution that keeps the 112 x 112 pixels, and the embedding by BN-Dropout-FC-BN.
+Weights of insightface's `iresnet*` load unchanged.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from backbones.base import FINAL_SIZE, Backbone
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
+"""Blocks of each of the four stages, by depth."""
+
+_STEM_WIDTH = 64
+_WIDTHS = (64, 128, 256, 512)
+
+
+class _Block(nn.Module):
+    """BN, 3x3, BN, PReLU, 3x3 (strided), BN, plus the input, projected where shapes differ."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(width_in)
+        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.prelu = nn.PReLU(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or width_in != width:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(width_in, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        out = self.prelu(self.bn2(self.conv1(self.bn1(x_BCHW))))
+        out = self.bn3(self.conv2(out))
+        shortcut = x_BCHW if self.downsample is None else self.downsample(x_BCHW)
+        return out + shortcut  # type: ignore[no-any-return]
+
+
+class IResNet(Backbone):
+    """IResNet of a depth in `BLOCKS`."""
+
+    def __init__(self, depth: int, *, embedding_size: int, dropout: float = 0.0) -> None:
+        """dropout: share of the 25088 features left out in training, 0 <= dropout < 1. Raises ValueError."""
+        super().__init__(embedding_size=embedding_size)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+        self.conv1 = nn.Conv2d(3, _STEM_WIDTH, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(_STEM_WIDTH)
+        self.prelu = nn.PReLU(_STEM_WIDTH)
+        widths_in = (_STEM_WIDTH, *_WIDTHS[:-1])
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            nn.Sequential(
+                _Block(width_in, width, stride=2), *(_Block(width, width, stride=1) for _ in range(blocks - 1))
+            )
+            for width_in, width, blocks in zip(widths_in, _WIDTHS, BLOCKS[depth], strict=True)
+        )
+        self.bn2 = nn.BatchNorm2d(_WIDTHS[-1])
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(_WIDTHS[-1] * FINAL_SIZE**2, embedding_size)
+        self.features = nn.BatchNorm1d(embedding_size)
+        # As in the peers' training: a gain for each component would only bend the angles that the loss is about.
+        self.features.weight.requires_grad_(False)
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                # BN makes the output independent of this scale, but the field's learning rates are tuned for it.
+                nn.init.normal_(part.weight, std=0.1)
+
+    def body(self, images_B3HW: Tensor) -> Tensor:
+        x = self.prelu(self.bn1(self.conv1(images_B3HW)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.bn2(x)  # type: ignore[no-any-return]
+
+    def head(self, features_BCHW: Tensor) -> Tensor:
+        return self.features(self.fc(self.dropout(features_BCHW.flatten(1))))  # type: ignore[no-any-return]
