@@ -68,7 +68,7 @@ class IResNet(Backbone):
         self.features.weight.requires_grad_(False)
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
-                # BN makes the output independent of this scale, but the field's learning rates are tuned for it.
+                # As the peers do. BN hides this scale from the output, but their learning rates go with it.
                 nn.init.normal_(part.weight, std=0.1)
 
     def body(self, images_B3HW: Tensor) -> Tensor:

@@ -1,0 +1,129 @@
+"""Figures of verification: ROC with a logarithmic FAR, and the scores of both kinds of pairs.
+
+Figures are made without pyplot, so nothing global changes, no display is needed, and threads do not disturb each other.
+They suit `save_png` and TensorBoard's `add_figure` alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from evaluation.roc import Roc
+from evaluation.verification import Verification
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Told apart by most colour-blind readers: M. Okabe and K. Ito, Color Universal Design."""
+_GENUINE, _IMPOSTOR = _COLOURS[2], _COLOURS[3]
+_DASHES = ("-", "--", "-.", ":")
+_GRID = "#d9d9d9"
+_BINS = 60
+_DPI = 150
+
+
+def verification_figure(results: Mapping[str, Verification], *, title: str) -> Figure:
+    """ROC of all results, and below each other the scores of each: what changed, and why.
+
+    results: by the name that the legend shows, such as untrained and trained, in that order.
+    Raises ValueError for no results.
+    """
+    figure = _figure(10, 4.8, title, len(results))
+    grid = figure.add_gridspec(len(results), 2, width_ratios=(1.1, 1))
+    _draw_roc(figure.add_subplot(grid[:, 0]), {name: result.roc for name, result in results.items()})
+    first: Axes | None = None
+    for row, (name, result) in enumerate(results.items()):
+        axes = figure.add_subplot(grid[row, 1], sharex=first)
+        first = first or axes
+        _draw_scores(axes, result, prefix=f"{name}: ", legend=row == 0)
+        axes.tick_params(labelbottom=row == len(results) - 1)
+    axes.set_xlabel("cosine similarity")
+    return figure
+
+
+def roc_figure(curves: Mapping[str, Roc], *, title: str) -> Figure:
+    """TAR against FAR, a curve for each name of the legend. Raises ValueError for no curves."""
+    figure = _figure(6.4, 4.8, title, len(curves))
+    _draw_roc(figure.add_subplot(), curves)
+    return figure
+
+
+def score_figure(result: Verification, *, title: str) -> Figure:
+    """Histogram of the scores of genuine and impostor pairs."""
+    figure = _figure(6.4, 4.8, title, 1)
+    axes = figure.add_subplot()
+    _draw_scores(axes, result, prefix="", legend=True)
+    axes.set_xlabel("cosine similarity")
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure; the folder must exist. Raises OSError."""
+    figure.savefig(path, format="png", dpi=_DPI)
+
+
+def _figure(width: float, height: float, title: str, shown: int) -> Figure:
+    if not shown:
+        raise ValueError("expected at least one result to draw, got none")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    return figure
+
+
+def _draw_roc(axes: Axes, curves: Mapping[str, Roc]) -> None:
+    lowest = min(0.1, *(1 / roc.impostors for roc in curves.values()))
+    for number, (name, roc) in enumerate(curves.items()):
+        # Steps, as only whole pairs are accepted; left of one impostor pair nothing is measured.
+        measured = roc.far_T * roc.impostors >= 0.5
+        at_first = roc.tar_T[~measured][-1]
+        axes.step(
+            np.append(1 / roc.impostors, roc.far_T[measured]),
+            np.append(at_first, roc.tar_T[measured]),
+            where="post",
+            color=_COLOURS[number % len(_COLOURS)],
+            linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)],
+            linewidth=1.8,
+            label=f"{name}: AUC {roc.auc:.4f}, EER {100 * roc.eer:.2f}%",
+        )
+    chance = np.geomspace(lowest, 1, 200)
+    axes.plot(chance, chance, color="#999999", linestyle=":", linewidth=1.2, label="chance")
+    axes.set_xscale("log")
+    axes.set_xlim(lowest, 1)
+    axes.set_ylim(0, 1.01)
+    axes.set_xlabel("FAR: pairs of two persons accepted")
+    axes.set_ylabel("TAR: pairs of one person accepted")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.legend(loc="best", fontsize=8, framealpha=0.9)
+    _tidy(axes)
+
+
+def _draw_scores(axes: Axes, result: Verification, *, prefix: str, legend: bool) -> None:
+    edges = np.linspace(min(-0.2, float(result.scores_P.min())), 1, _BINS + 1)
+    for kind, scores, colour in (
+        ("two persons", result.scores_P[~result.same_P], _IMPOSTOR),
+        ("one person", result.scores_P[result.same_P], _GENUINE),
+    ):
+        weights = np.full(len(scores), 1 / len(scores))
+        axes.hist(scores, edges.tolist(), weights=weights, histtype="stepfilled", color=colour, alpha=0.45, label=kind)
+        axes.hist(scores, edges.tolist(), weights=weights, histtype="step", color=colour, linewidth=1.2)
+    threshold = 1 - float(result.ten_fold.thresholds_F.mean()) / 2
+    axes.axvline(threshold, color="#333333", linestyle="--", linewidth=1, label="ten-fold threshold")
+    axes.set_ylabel("share of pairs")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title(f"{prefix}accuracy {100 * result.accuracy:.2f} ± {100 * result.accuracy_std:.2f}%", fontsize=9)
+    if legend:
+        axes.legend(loc="best", fontsize=8, framealpha=0.9)
+    _tidy(axes)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(True, which="major", color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
