@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.bank import Points
-from clustering.kmeans import Gate
+from clustering.kmeans import FIT_LEVELS, WELL_FITTED, Gate, fit_level
 from clustering.shards import add_rows_, show_rows, sum_rows_, unit_or
 from partial_fc.collectives import all_reduce_
 from sharding import all_shards
@@ -120,7 +120,7 @@ class KMeansRun:
         shown_SD = self._shown[1]
         part = slice(block * self.block, (block + 1) * self.block)
         x_bD, best_b, index_b = self.points.x_PD[part], self.best_P[part], self.index_P[part]
-        if not len(x_bD):
+        if not len(x_bD) or not len(shown_SD):
             return
         if not x_bD.is_cuda:  # only GPUs multiply bf16 operands into a float32 result
             x_bD = x_bD.to(self.dtype)
@@ -138,44 +138,46 @@ class KMeansRun:
         self.counted_P = self.index_P >= 0 if self.gate is None else self.gate(self.index_P)
         counts_K = torch.bincount(self.index_P[self.counted_P], minlength=self.num_clusters)
         empty_E = (all_reduce_(counts_K, self.group) == 0).nonzero()[:, 0]
-        point_Q, fit_Q = self._worst_of_each_class()
-        rank_Q = self._rank_among_all(fit_Q, self.points.class_P[point_Q], len(empty_E))
+        point_Q, level_Q = self._worst_of_each_class()
+        rank_Q = self._rank_among_all(level_Q, self.points.class_P[point_Q], len(empty_E))
         planted_Q = rank_Q < len(empty_E)
         self.seed_point_Q = point_Q[planted_Q]
         self.seed_cluster_Q = empty_E[rank_Q[planted_Q]]
 
     def _worst_of_each_class(self) -> tuple[Tensor, Tensor]:
-        """Of each class here, the counted point of smallest best cosine, the first of equals: points, cosines."""
-        point_R = self.counted_P.nonzero()[:, 0]
-        by_fit_R = point_R[self.best_P[point_R].argsort(stable=True)]
+        """Of each class here, the counted point of lowest fit, the first of equals, if any needs a seed: and its fit.
+
+        Points ascend by class.
+        """
+        level_P = fit_level(self.best_P)
+        point_R = (self.counted_P & (level_P < WELL_FITTED)).nonzero()[:, 0]
+        by_fit_R = point_R[level_P[point_R].argsort(stable=True)]
         sorted_R = by_fit_R[self.points.class_P[by_fit_R].argsort(stable=True)]
         class_R = self.points.class_P[sorted_R]
         first_R = torch.ones_like(class_R, dtype=torch.bool)
         first_R[1:] = class_R[1:] != class_R[:-1]
         point_Q = sorted_R[first_R]
-        return point_Q, self.best_P[point_Q]
+        return point_Q, level_P[point_Q]
 
-    def _rank_among_all(self, fit_Q: Tensor, class_Q: Tensor, wanted: int) -> Tensor:
-        """Place of each candidate in the order (cosine, class) over all ranks, exact below `wanted`. One all-reduce."""
+    def _rank_among_all(self, level_Q: Tensor, class_Q: Tensor, wanted: int) -> Tensor:
+        """Place of each candidate in the order (fit, class) over all ranks, `wanted` if beyond. One all-reduce.
+
+        class_Q ascends. int64 (Q,).
+        """
         if wanted == 0:
             return torch.zeros_like(class_Q)
-        order_Q = fit_Q.argsort(stable=True)  # classes ascend already
-        world_size = len(self.shards)
-        room = min(wanted, self.num_classes)  # a rank's candidates beyond the first `wanted` are never taken
-        mine = order_Q[:room]
-        # An all-gather written as a sum: every rank fills its own row, the others hold zeros there.
-        table = torch.zeros(world_size, room, 2, dtype=torch.float64, device=fit_Q.device)
-        table[self.rank, : len(mine), 0] = fit_Q[mine].double() + 2  # shifted above 0, the mark of "no candidate"
-        table[self.rank, : len(mine), 1] = class_Q[mine].double()
+        chosen = level_Q.argsort(stable=True)[:wanted]  # a rank's candidates beyond the first `wanted` are never taken
+        # An all-gather written as a sum: every rank fills its own row, the others hold zeros there. Levels are
+        # shifted above 0, the mark of an empty place.
+        table = level_Q.new_zeros(len(self.shards), min(wanted, self.num_classes), 2)
+        table[self.rank, : len(chosen), 0] = level_Q[chosen] + FIT_LEVELS + 1
+        table[self.rank, : len(chosen), 1] = class_Q[chosen]
         flat = all_reduce_(table, self.group).view(-1, 2)
         flat = flat[flat[:, 0] > 0]
         flat = flat[flat[:, 0].argsort(stable=True)]  # rows come by rank, hence by class: ties to the smaller class
-        place_Q = torch.full_like(order_Q, wanted)
-        class_order = flat[:, 1].long()
-        place_of_class = torch.full((self.num_classes,), wanted, dtype=torch.int64, device=fit_Q.device)
-        place_of_class[class_order] = torch.arange(len(class_order), device=fit_Q.device)
-        place_Q[mine] = place_of_class[class_Q[mine]]
-        return place_Q
+        place_C = level_Q.new_full((self.num_classes,), wanted)
+        place_C[flat[:, 1]] = torch.arange(len(flat), device=flat.device)
+        return place_C[class_Q]
 
     def _mean(self, rank: int) -> None:
         shard = self.shards[rank]

@@ -7,7 +7,9 @@ zero row does not exist yet: nothing is assigned to it, and it is seeded like an
 2. gate: points that look mislabelled are found (`clustering.hardness`); they no longer count in this iteration;
 3. seed: the worst-fitted counted point of each class is a candidate, the worst first (ties to the smaller class);
    the j-th empty cluster takes the j-th candidate as an additional member. One candidate a class, so that seeds
-   do not gather on the few noisiest classes. Fewer candidates than empty clusters leave the rest for the next time;
+   do not gather on the few noisiest classes, and none for a class whose points all sit on their centres. Fewer
+   candidates than empty clusters leave the rest for the next time. Cosines are compared on a coarse grid
+   (`fit_level`): both samples of a pair fit its mean equally, and rounding must not choose between them;
 4. mean: every centre becomes the unit mean of its counted members; without any it stays.
 
 The first refresh starts from the class means, cluster k = class k, and from zero rows for the extra clusters: the
@@ -26,6 +28,17 @@ from torch import Tensor
 
 Gate = Callable[[Tensor], Tensor]
 """Cluster of each point (int64, -1: none) to a mask of the points that count (bool)."""
+
+
+FIT_LEVELS = 1 << 16
+"""Levels of cosine 0 … 1 that seeding tells apart: far above float32's rounding, far below a visible difference."""
+WELL_FITTED = round(0.999 * FIT_LEVELS)
+"""From here on a point needs no seed: bf16 rounding alone takes an embedding this far from its own centre."""
+
+
+def fit_level(best_N: Tensor) -> Tensor:
+    """Cosines as int64 levels; equal levels are ties."""
+    return (best_N.clamp(-1, 1) * FIT_LEVELS).round().long()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,9 +67,10 @@ def assign(x_ND: Tensor, centres_KD: Tensor, *, chunk: int = 1024) -> tuple[Tens
 def seeds(best_N: Tensor, index_N: Tensor, classes_N: Tensor, counted_N: Tensor, K: int) -> list[tuple[int, int]]:
     """(point, empty cluster) pairs: step 3 of an iteration."""
     members = {int(k) for k, counts in zip(index_N, counted_N, strict=True) if counts}
-    worst: dict[int, tuple[float, int]] = {}
-    for point, (y, fit, counts) in enumerate(zip(classes_N.tolist(), best_N.tolist(), counted_N.tolist(), strict=True)):
-        if counts and (y not in worst or fit < worst[y][0]):
+    worst: dict[int, tuple[int, int]] = {}
+    levels = fit_level(best_N).tolist()
+    for point, (y, fit, counts) in enumerate(zip(classes_N.tolist(), levels, counted_N.tolist(), strict=True)):
+        if counts and fit < WELL_FITTED and (y not in worst or fit < worst[y][0]):
             worst[y] = (fit, point)
     candidates = [point for _, _, point in sorted((fit, y, point) for y, (fit, point) in worst.items())]
     empty = [k for k in range(K) if k not in members]

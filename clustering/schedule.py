@@ -49,6 +49,6 @@ class RefreshSchedule:
         later; all at once when ramp_steps is 0.
         """
         begin = max(self.warmup, self.first + self.span)
-        if step < begin or self.total_steps <= self.first + self.span:
+        if step < begin:
             return 0.0
         return min(1.0, (step - begin) / self.ramp_steps) if self.ramp_steps else 1.0
