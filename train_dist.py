@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a face recognition model by margin softmax and cluster guidance, on one process or many.
 
-    torchrun --nproc_per_node=8 train_dist.py --config configs/ms1mv3_r50.yaml --set data.path=/data/ms1m
-    python train_dist.py --config configs/demo.yaml
+torchrun --nproc_per_node=8 train_dist.py --config configs/ms1mv3_r50.yaml --set data.path=/data/ms1m
+python train_dist.py --config configs/demo.yaml
 """
 
 from __future__ import annotations

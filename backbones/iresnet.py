@@ -17,6 +17,19 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30
 _STEM_WIDTH = 64
 _WIDTHS = (64, 128, 256, 512)
 
+_STD = 0.1
+"""Of a convolution's first weights, as the peers': BN hides it from the output, but their learning rates go with it."""
+
+
+def _init(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+    """Weights of a convolution and the statistics of the BN behind it.
+
+    The variance that these weights give to unit-variance inputs: training replaces it, but the untrained network's
+    evaluation stays finite with it, which at the usual 1 overflows from a depth of 100 on.
+    """
+    nn.init.normal_(conv.weight, std=_STD)
+    nn.init.constant_(bn.running_var, _STD**2 * conv.weight[0].numel())
+
 
 class _Block(nn.Module):
     """BN, 3x3, BN, PReLU, 3x3 (strided), BN, plus the input, projected where shapes differ."""
@@ -31,9 +44,12 @@ class _Block(nn.Module):
         self.bn3 = nn.BatchNorm2d(width)
         self.downsample: nn.Module | None = None
         if stride != 1 or width_in != width:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width)
-            )
+            projection = nn.Conv2d(width_in, width, 1, stride=stride, bias=False)
+            projected_bn = nn.BatchNorm2d(width)
+            _init(projection, projected_bn)
+            self.downsample = nn.Sequential(projection, projected_bn)
+        _init(self.conv1, self.bn2)
+        _init(self.conv2, self.bn3)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         out = self.prelu(self.bn2(self.conv1(self.bn1(x_BCHW))))
@@ -66,10 +82,7 @@ class IResNet(Backbone):
         self.features = nn.BatchNorm1d(embedding_size)
         # As in the peers' training: a gain for each component would only bend the angles that the loss is about.
         self.features.weight.requires_grad_(False)
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d):
-                # As the peers do. BN hides this scale from the output, but their learning rates go with it.
-                nn.init.normal_(part.weight, std=0.1)
+        _init(self.conv1, self.bn1)
 
     def body(self, images_B3HW: Tensor) -> Tensor:
         x = self.prelu(self.bn1(self.conv1(images_B3HW)))

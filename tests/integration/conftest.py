@@ -1,0 +1,80 @@
+"""A small packed set that all integration tests share, and a way to run the command line as a user does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+IDENTITIES, IMAGES = 24, 8
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def call(*command: str, cwd: Path = ROOT, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run `python <command>` and capture what it prints."""
+    environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 identities, 8 images each, and a verification set of other identities."""
+    folder = tmp_path_factory.mktemp("packed") / "set"
+    done = call(
+        *("-m", "data", "pack", "synthetic", "--out", str(folder), "--workers", "1", "--seed", "3"),
+        *("--identities", str(IDENTITIES), "--images-per-identity", str(IMAGES)),
+        *("--verification-identities", "8", "--pairs", "40"),
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def train(packed: Path, tmp_path: Path) -> Run:
+    """`train(ranks, *settings, data=…, name=…)`: a tiny run of train_dist.py; `name` picks the output folder."""
+
+    def run(ranks: int, *settings: str, data: Path = packed, name: str = "run") -> subprocess.CompletedProcess[str]:
+        tiny = [
+            "model.backbone=small",
+            "model.embedding_size=16",
+            "head.scale=16",
+            "head.margin=0.3",
+            "clustering.margin_low=0.15",
+            "clustering.margin_high=0.45",
+            "clustering.warmup_fraction=0.25",
+            "clustering.ramp_fraction=0.25",
+            "clustering.block=16",
+            "optim.lr=0.02",
+            "optim.reference_batch=0",
+            "train.device=cpu",
+            "train.precision=fp32",
+            "train.epochs=4",
+            f"train.batch_size={24 // ranks}",
+            "train.log_steps=4",
+            "train.cpu_threads=1",
+            "data.threads=1",
+            "data.backend=cpu",
+            f"data.path={data}",
+            f"train.output={tmp_path / name}",
+        ]
+        launcher = ["train_dist.py"]
+        if ranks > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_dist.py"]
+        return call(*launcher, *(part for setting in [*tiny, *settings] for part in ("--set", setting)))
+
+    return run

@@ -1,0 +1,61 @@
+"""Kill after step k, resume, and end with the same weights bit for bit as the run that was never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.conftest import Run
+
+STEPS = 32  # 4 epochs x 8 steps
+
+
+def _final(folder: Path) -> list[dict[str, Any]]:
+    last = folder / "checkpoints" / f"step_{STEPS:09d}"
+    return [torch.load(path, weights_only=True) for path in sorted(last.glob("rank_*.pt"))]
+
+
+def _equal(a: Any, b: Any, where: str) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in {"output", "stop_after_steps", "checkpoint_steps"}:
+                _equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for position, (x, y) in enumerate(zip(a, b, strict=True)):
+            _equal(x, y, f"{where}[{position}]")
+    else:
+        assert a == b, where
+
+
+# 11 and 19: in the middle of an epoch, 19 also in the middle of a refresh with published clusters in use.
+@pytest.mark.parametrize(("ranks", "stops"), [(1, (11,)), (2, (11, 19))])
+def test_stopped_and_resumed_equals_never_stopped(
+    train: Run, tmp_path: Path, ranks: int, stops: tuple[int, ...]
+) -> None:
+    whole = train(ranks, name="whole")
+    assert whole.returncode == 0, whole.stderr
+    for stop in stops:
+        part = train(ranks, f"train.stop_after_steps={stop}", name="parts")
+        assert part.returncode == 0, part.stderr
+        assert f"stopped after {stop} of {STEPS} steps" in part.stderr
+    rest = train(ranks, name="parts")
+    assert rest.returncode == 0, rest.stderr
+    assert f"resumed at step {stops[-1]}" in rest.stderr
+    first, second = _final(tmp_path / "whole"), _final(tmp_path / "parts")
+    assert len(first) == ranks
+    _equal(first, second, "checkpoint")
+    assert first[0]["service"]["version"] >= 2, "the run must have used clusters, or this test shows little"
+
+
+def test_other_settings_do_not_continue_a_run(train: Run) -> None:
+    assert train(1, "train.stop_after_steps=3").returncode == 0
+    other = train(1, "optim.lr=0.5")
+    assert other.returncode == 2
+    assert "was written with optim.lr = 0.02, this run has 0.5" in other.stderr
