@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering.products import product
 from partial_fc.collectives import GatheredBatch, all_reduce_
+from partial_fc.products import product
 
 _TILE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Numbers of one (N, s) tile: 1 MB of float32 on a CPU core, 256 MB on a GPU."""

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from partial_fc.collectives import all_reduce_
 from partial_fc.margins import TargetMargin
+from partial_fc.products import product
 
 _MAX_EXPONENT = 85.0  # exp(88.7) is float32's end; the rest is left for the products with S
 _TILE_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
@@ -61,15 +62,6 @@ class SoftmaxSettings:
         return self.chunk or max(64, _TILE_BYTES.get(device.type, 64 << 20) // (4 * max(rows, 1)))
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b with operands rounded to `dtype` and a float32 result."""
-    if dtype == torch.float32 or a.dtype == torch.float64:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a.to(dtype), b.to(dtype), out_dtype=torch.float32)
-    return a.to(dtype).float() @ b.to(dtype).float()  # the same rounding where no such kernel exists
-
-
 class _Tiles:
     """Normalised centres tile by tile, and exp(logits) of a tile with the targets' columns set as asked."""
 
@@ -94,7 +86,7 @@ class _Tiles:
 
     def exponentials(self, w_cD: Tensor, start: int, at_target_N: Tensor | None, by_N: Tensor | None) -> Tensor:
         """exp(s cos - shift) (N, c), times by_N a row if given; targets' columns hold at_target_N (0 if None)."""
-        tile_Nc = _product(self.x_ND, w_cD.T, self.settings.product_dtype)
+        tile_Nc = product(self.x_ND, w_cD.T, self.settings.product_dtype)
         tile_Nc.mul_(self.settings.scale)
         if self.shift:
             tile_Nc.sub_(self.shift)
@@ -134,7 +126,7 @@ class _StreamingSoftmax(torch.autograd.Function):
             e_Nc = tiles.exponentials(w_cD, start, None, None)
             other_N += e_Nc.sum(1)
             if u_ND is not None:
-                u_ND += _product(e_Nc, w_cD, settings.product_dtype)
+                u_ND += product(e_Nc, w_cD, settings.product_dtype)
 
         target_ND = zero_N[:, None].expand_as(x_ND)
         slope_N = zero_N
@@ -168,7 +160,7 @@ class _StreamingSoftmax(torch.autograd.Function):
             for start in tiles.starts():
                 w_cD, inverse_c1 = tiles.centres(start)
                 g_Nc = tiles.exponentials(w_cD, start, at_target_N * grad_N, over_sum_N * grad_N)
-                d_cD = _product(g_Nc.T, x_ND, ctx.settings.product_dtype)
+                d_cD = product(g_Nc.T, x_ND, ctx.settings.product_dtype)
                 # Through w / |w|: the part along w has no effect, the rest shrinks with |w|.
                 d_cD.sub_((d_cD * w_cD).sum(1, keepdim=True) * w_cD).mul_(inverse_c1)
                 grad_SD[start : start + w_cD.shape[0]] = d_cD
