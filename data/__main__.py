@@ -15,6 +15,7 @@ from data.commands import Options, bin_of_folder, folder_set, pack_set, rebuild_
 from data.errors import DataError
 from data.sources import RESIZE_RULE
 from data.summary import summary
+from data.synthetic import DIFFICULTY_SPREAD
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,6 +40,7 @@ def _pack_synthetic(args: argparse.Namespace, console: Console) -> None:
         seed=args.seed,
         label_noise=args.label_noise,
         long_tail=args.long_tail,
+        difficulty_spread=args.difficulty_spread,
         verification_identities=args.verification_identities,
         pairs=args.pairs,
     )
@@ -106,7 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--images-per-identity", type=_whole(1), default=20, help="default 20")
     synthetic.add_argument("--label-noise", type=_fraction, default=0.0, help="share of wrong labels, default 0")
     synthetic.add_argument(
-        "--long-tail", type=_fraction, default=0.0, help="0: all alike (default), to 1: few have many"
+        "--long-tail", type=_fraction, default=0.0, help="0: all have as many (default), to 1: some a 20th of it"
+    )
+    synthetic.add_argument(
+        "--difficulty-spread",
+        type=_fraction,
+        default=DIFFICULTY_SPREAD,
+        help=f"0: all persons alike, to 1: from studio portraits to blurred and covered; default {DIFFICULTY_SPREAD}",
     )
     _common(synthetic, run=_pack_synthetic, held_out=100, pairs=2000)
 

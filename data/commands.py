@@ -59,6 +59,7 @@ def synthetic_set(
     seed: int,
     label_noise: float,
     long_tail: float,
+    difficulty_spread: float,
     verification_identities: int,
     pairs: int,
 ) -> tuple[Training, HeldOut | None]:
@@ -71,16 +72,21 @@ def synthetic_set(
         seed=seed,
     )
     plan = plan[np.argsort(plan[:, 2], kind="stable")]
-    source = SyntheticSource(identities=identities, images_per_identity=images_per_identity, seed=seed)
+
+    def persons(count: int, first: int) -> SyntheticSource:
+        return SyntheticSource(
+            identities=count,
+            images_per_identity=images_per_identity,
+            seed=seed,
+            first_identity=first,
+            difficulty_spread=difficulty_spread,
+        )
+
+    source = persons(identities, 0)
     training = Training(source, plan[:, :2], plan[:, 2], identities)
     if not verification_identities:
         return training, None
-    others = SyntheticSource(
-        identities=verification_identities,
-        images_per_identity=images_per_identity,
-        seed=seed,
-        first_identity=identities,
-    )
+    others = persons(verification_identities, identities)
     return training, HeldOut(others, draw_pairs(others.images, pairs, seed=seed))
 
 

@@ -6,7 +6,6 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.errors import DataError
-from data.synthetic import SyntheticFaces
+from data.synthetic import DIFFICULTY_SPREAD, SyntheticFaces
 
 IMAGE_SIZE = 112
 """Height and width in pixels of what the field trains on."""
@@ -46,19 +45,20 @@ class SyntheticSource:
     images_per_identity: int
     seed: int
     first_identity: int = 0
+    difficulty_spread: float = DIFFICULTY_SPREAD
 
     @property
     def images(self) -> Sequence[int]:
         return [self.images_per_identity] * self.identities
 
     def encode(self, wanted: npt.NDArray[np.int64]) -> list[bytes | DataError]:
-        faces = _faces(self.identities, self.seed, self.first_identity)
+        faces = SyntheticFaces(
+            identities=self.identities,
+            seed=self.seed,
+            first_identity=self.first_identity,
+            difficulty_spread=self.difficulty_spread,
+        )
         return [faces.jpeg(identity, image) for identity, image in wanted.tolist()]
-
-
-@lru_cache(maxsize=2)  # a worker is given rows of the training set and of the verification set
-def _faces(identities: int, seed: int, first_identity: int) -> SyntheticFaces:
-    return SyntheticFaces(identities=identities, seed=seed, first_identity=first_identity)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

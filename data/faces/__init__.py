@@ -1,0 +1,1 @@
+"""Synthetic faces, part by part: `data.synthetic` is what uses them."""
