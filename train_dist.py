@@ -17,7 +17,8 @@ from pathlib import Path
 from configs.load import load_config
 from configs.schema import ConfigError
 from training.distributed import open_ranks
-from training.trainer import USER_ERRORS, Trainer
+from training.errors import USER_ERRORS
+from training.trainer import Trainer
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -28,6 +28,7 @@ def _init(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
     evaluation stays finite with it, which at the usual 1 overflows from a depth of 100 on.
     """
     nn.init.normal_(conv.weight, std=_STD)
+    assert bn.running_var is not None  # for the type checker: None only in a BN that tracks no statistics
     nn.init.constant_(bn.running_var, _STD**2 * conv.weight[0].numel())
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket, HashStore, Store
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.schema import ConfigError, TrainConfig
@@ -28,7 +29,7 @@ class Ranks:
     local_rank: int
     device: torch.device
     group: dist.ProcessGroup
-    store: dist.Store
+    store: Store
 
     @property
     def is_main(self) -> bool:
@@ -79,7 +80,7 @@ def open_ranks(config: TrainConfig) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
         arguments |= {"backend": "nccl", "device_id": device}
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        arguments |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        arguments |= {"store": HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**arguments)
     try:
         yield Ranks(
@@ -94,7 +95,7 @@ def open_ranks(config: TrainConfig) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def _sum_gradients(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum_gradients(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     future: torch.futures.Future[Any] = work.get_future()
     return future.then(lambda done: done.value()[0])

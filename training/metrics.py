@@ -30,7 +30,7 @@ class RunLog:
         if not active:
             return
         # Events that a killed run logged after its last checkpoint are hidden: the resumed run logs them again.
-        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step or None)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step or None)
         self._lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
         if self._console.is_terminal:
             self._progress = Progress(
@@ -49,7 +49,7 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
         if self._writer is not None:
-            self._writer.close()  # type: ignore[no-untyped-call]
+            self._writer.close()
         if self._lines is not None:
             self._lines.close()
 
@@ -60,7 +60,7 @@ class RunLog:
 
     def text(self, tag: str, text: str) -> None:
         if self._writer is not None:
-            self._writer.add_text(tag, text)  # type: ignore[no-untyped-call]
+            self._writer.add_text(tag, text)
 
     def moved(self, step: int) -> None:
         """Advance the progress bar."""
@@ -71,7 +71,7 @@ class RunLog:
         """Write scalars; with a headline, show it as well."""
         if self._writer is not None:
             for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(tag, value, step)
         if self._lines is not None:
             record = {"step": step, "time": round(time.time(), 3), **values}
             self._lines.write(json.dumps(record) + "\n")
@@ -88,13 +88,13 @@ class RunLog:
         if self._writer is None:
             return
         edges = torch.linspace(low, high, len(counts) + 1).tolist()
-        self._writer.add_histogram_raw(  # type: ignore[no-untyped-call]
+        self._writer.add_histogram_raw(
             tag, low, high, int(counts.sum()), sums[0], sums[1], edges[1:], counts.tolist(), step
         )
 
     def figure(self, step: int, tag: str, figure: Any) -> None:
         if self._writer is not None:
-            self._writer.add_figure(tag, figure, step)  # type: ignore[no-untyped-call]
+            self._writer.add_figure(tag, figure, step)
 
 
 def count_histogram(values: Tensor, low: float, high: float) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from backbones import normalise_pixels
 from clustering.service import ClusterService
 from configs.schema import RunConfig
 from data.batch import Batch
@@ -37,11 +38,6 @@ class StepValues:
     gradient_norm: Tensor
     unusable_rows: Tensor
     """Rows of the global batch without a label: images that did not decode."""
-
-
-def normalise_pixels(images_B3HW: Tensor) -> Tensor:
-    """uint8 0 … 255 to float32 -1 … 1, the input that backbones of this field are trained with."""
-    return images_B3HW.float().sub_(127.5).div_(127.5)
 
 
 class TrainStep:

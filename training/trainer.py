@@ -24,15 +24,12 @@ from partial_fc.collectives import all_reduce_
 from partial_fc.head import PartialFCHead
 from training.checkpoint import CheckpointFolder, refuse_another_run
 from training.distributed import Ranks, data_parallel
+from training.errors import TrainingError
 from training.meter import Meter
 from training.metrics import HISTOGRAM_BINS, RunLog, count_histogram
 from training.optim import build_optimizers, learning_rate
 from training.step import TrainStep
 from training.verify import Verification
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to do."""
 
 
 class Trainer:
@@ -272,9 +269,9 @@ class Trainer:
         tags = {"margins": (self.service.margins_C, c.margin_low, c.margin_high),
                 "hard_level": (self.service.hard_levels_C, 0.0, 1.0)}  # fmt: skip
         for tag, (values_C, low, high) in tags.items():
-            counts = all_reduce_(count_histogram(values_C, low, high), self.ranks.group).tolist()
-            sums = (counts[-2], counts[-1])
-            self.log.histogram(self.step, f"clusters/{tag}", counts[:HISTOGRAM_BINS], low, high, sums)
+            counts = all_reduce_(count_histogram(values_C, low, high), self.ranks.group).cpu()
+            total, squares = counts[HISTOGRAM_BINS:].tolist()
+            self.log.histogram(self.step, f"clusters/{tag}", counts[:HISTOGRAM_BINS], low, high, (total, squares))
 
     def _finish(self) -> None:
         self._evaluate()

@@ -88,7 +88,8 @@ class Canvas:
             cv2.fillPoly(mask, [fixed_point(outline - origin)], [round(255 * opacity)], cv2.LINE_AA, SHIFT_BITS)
             if soft:  # twice a box is nearly a bell, at a tenth of its cost
                 size = (2 * soft + 1, 2 * soft + 1)
-                mask = cv2.blur(cv2.blur(mask, size), size)
+                cv2.blur(mask, size, dst=mask)
+                cv2.blur(mask, size, dst=mask)
             paint(part, np.broadcast_to(colour, part.shape), mask)
 
     def area(self, outline: Points, margin: int) -> tuple[Points, npt.NDArray[np.uint8]] | None:

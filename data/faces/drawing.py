@@ -49,12 +49,12 @@ def draw_face(traits: Traits, circumstances: Circumstances, rng: np.random.Gener
     image *= light[..., None] * (c.exposure * c.cast).astype(np.float32)
     draw_cover(image, head)
     if c.blur > 0.2:
-        image = cv2.GaussianBlur(image, (0, 0), c.blur)
+        cv2.GaussianBlur(image, (0, 0), c.blur, dst=image)
     if c.motion:
         length = int(np.ceil(c.motion)) | 1
-        image = cv2.blur(image, (length, 1))
+        cv2.blur(image, (length, 1), dst=image)
     image += rng.standard_normal((SIZE, SIZE, 3), np.float32) * np.float32(c.noise)
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(image + 0.5, 0, 255), np.uint8)
 
 
 def _light(head: Head) -> npt.NDArray[np.float32]:

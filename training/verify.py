@@ -1,0 +1,95 @@
+"""Verification while training: each set's pairs embedded on all ranks, compared, logged and drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+import evaluation.verification as pairs_of_faces
+from backbones import Backbone
+from configs.schema import RunConfig
+from data.verification_bin import VerificationSet, read_bin
+from evaluation.pairs import embed_pairs
+from evaluation.plots import save_png, verification_figure
+from training.distributed import Ranks
+from training.errors import TrainingError
+from training.metrics import RunLog
+
+
+class _Set(NamedTuple):
+    name: str
+    pairs: VerificationSet
+
+
+class Verification:
+    """The verification sets of a run; reads them at once, so that a missing one shows before training begins."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        """Raises DataError for a set that cannot be read or has fewer than ten pairs, or pairs of one kind only."""
+        folder = Path(config.data.path)
+        self._sets = [_Set(Path(name).stem, read_bin(folder / name)) for name in config.eval.sets]
+        self._batch_size, self._bf16 = config.eval.batch_size, config.train.precision == "bf16"
+        self._ranks = ranks
+        self._shown: dict[str, dict[str, pairs_of_faces.Verification]] = {}
+
+    def run(self, backbone: Backbone, step: int, log: RunLog, output: Path) -> None:
+        """Evaluate after `step` optimizer steps; every rank takes part, rank 0 logs.
+
+        Writes a line for each set to verification.jsonl, its figures to TensorBoard, and roc_<set>.png, which shows
+        the first evaluation of this process beside the newest. Collectives: one broadcast of the BatchNorm
+        statistics, one all-gather of embeddings for each set. Raises TrainingError, on all ranks, when embeddings are
+        not finite.
+        """
+        if not self._sets:
+            return
+        share_statistics(backbone, self._ranks.group)
+        for name, pairs in self._sets:
+            with torch.autocast(self._ranks.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+                embedded = embed_pairs(
+                    backbone, pairs.images, pairs.same, batch_size=self._batch_size, group=self._ranks.group
+                )
+            if not (_finite(embedded.first_PD) and _finite(embedded.second_PD)):
+                raise TrainingError(
+                    f"embeddings of {name} are not finite after step {step}: the training has diverged; lower "
+                    "optim.lr, or go on from an older checkpoint"
+                )
+            if self._ranks.is_main:
+                self._tell(name, pairs_of_faces.verify(*embedded), step, log, output)
+
+    def _tell(self, name: str, result: pairs_of_faces.Verification, step: int, log: RunLog, output: Path) -> None:
+        values = result.values()
+        log.scalars(step, {f"verification/{name}/{key}": value for key, value in values.items()})
+        with (output / "verification.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "set": name, **values}) + "\n")
+        shown = self._shown.setdefault(name, {})
+        title = "untrained" if step == 0 else f"step {step}"
+        self._shown[name] = dict([*list(shown.items())[:1], (title, result)])
+        figure = verification_figure(self._shown[name], title=f"{name}: {len(result.same_P)} pairs")
+        save_png(figure, output / f"roc_{name}.png")
+        log.figure(step, f"verification/{name}", figure)
+        tars = ", ".join(f"{key} {100 * value:.1f}%" for key, value in values.items() if key.startswith("tar"))
+        log.say(f"step {step}: {name} accuracy {100 * result.accuracy:.2f}% ± {100 * result.accuracy_std:.2f}%, {tars}")
+
+
+def share_statistics(backbone: torch.nn.Module, group: dist.ProcessGroup) -> None:
+    """Give all ranks rank 0's floating-point buffers, as DDP does only before its next training step.
+
+    One broadcast. Evaluation and the saved weights then are those of one network, whatever the number of ranks.
+    """
+    buffers = [buffer for buffer in backbone.buffers() if buffer.is_floating_point()]
+    if not buffers or dist.get_world_size(group) == 1:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.broadcast(flat, group=group, group_src=0)
+    for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def _finite(x_PD: npt.NDArray[np.float32]) -> bool:
+    return bool(np.isfinite(x_PD).all())
