@@ -75,15 +75,24 @@ def _check(images: Images, batch_size: int) -> None:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if len(images) == 0:
         raise ValueError("expected at least one image, got none")
-    if isinstance(images, np.ndarray) and (images.dtype != np.uint8 or images.shape[1:] != (*IMAGE_SIZE, 3)):
-        expected = (len(images), *IMAGE_SIZE, 3)
-        raise ValueError(f"expected RGB pixels uint8 {expected}, got {images.dtype} of shape {images.shape}")
+    if isinstance(images, np.ndarray):
+        if images.dtype != np.uint8 or images.shape[1:] != (*IMAGE_SIZE, 3):
+            expected = (len(images), *IMAGE_SIZE, 3)
+            raise ValueError(f"expected RGB pixels uint8 {expected}, got {images.dtype} of shape {images.shape}")
+        return
+    # All of them, not this rank's: every rank refuses, and none waits for the others.
+    items: Sequence[object] = images
+    for number, image in enumerate(items):
+        if not isinstance(image, bytes | bytearray | memoryview):
+            kind = type(image).__name__
+            raise ValueError(f"image {number}: expected encoded bytes, got {kind}: pass pixels as one array")
 
 
 def _pixels(images: Images, start: int, stop: int, device: torch.device) -> Tensor:
     """Images start … stop - 1 as the backbone takes them, channels last in memory."""
     if isinstance(images, np.ndarray):
-        pixels_BHW3 = torch.from_numpy(np.ascontiguousarray(images[start:stop]))
+        # A copy, as torch cannot take arrays that are read-only (a mapped file) or run backwards.
+        pixels_BHW3 = torch.from_numpy(np.array(images[start:stop], order="C"))
     else:
         pixels_BHW3 = torch.empty(stop - start, *IMAGE_SIZE, 3, dtype=torch.uint8)
         into = pixels_BHW3.numpy()

@@ -6,16 +6,16 @@ They suit `save_png` and TensorBoard's `add_figure` alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from evaluation.roc import Roc
+from evaluation.roc import Floats, Roc
 from evaluation.verification import Verification
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -24,6 +24,8 @@ _GENUINE, _IMPOSTOR = _COLOURS[2], _COLOURS[3]
 _DASHES = ("-", "--", "-.", ":")
 _GRID = "#d9d9d9"
 _BINS = 60
+_LEAST_SPAN = 0.02
+"""Of the scores that are shown: equal ones get a bar of visible width, and not a range of rounding errors."""
 _DPI = 150
 
 
@@ -33,14 +35,15 @@ def verification_figure(results: Mapping[str, Verification], *, title: str) -> F
     results: by the name that the legend shows, such as untrained and trained, in that order.
     Raises ValueError for no results.
     """
-    figure = _figure(10, 4.8, title, len(results))
+    figure = _figure(10, max(4.8, 1.0 + 1.8 * len(results)), title, len(results))
     grid = figure.add_gridspec(len(results), 2, width_ratios=(1.1, 1))
     _draw_roc(figure.add_subplot(grid[:, 0]), {name: result.roc for name, result in results.items()})
+    edges = _edges(results.values())
     first: Axes | None = None
     for row, (name, result) in enumerate(results.items()):
         axes = figure.add_subplot(grid[row, 1], sharex=first)
         first = first or axes
-        _draw_scores(axes, result, prefix=f"{name}: ", legend=row == 0)
+        _draw_scores(axes, result, edges, prefix=f"{name}: ", legend=row == 0)
         axes.tick_params(labelbottom=row == len(results) - 1)
     axes.set_xlabel("cosine similarity")
     return figure
@@ -57,7 +60,7 @@ def score_figure(result: Verification, *, title: str) -> Figure:
     """Histogram of the scores of genuine and impostor pairs."""
     figure = _figure(6.4, 4.8, title, 1)
     axes = figure.add_subplot()
-    _draw_scores(axes, result, prefix="", legend=True)
+    _draw_scores(axes, result, _edges([result]), prefix="", legend=True)
     axes.set_xlabel("cosine similarity")
     return figure
 
@@ -79,12 +82,8 @@ def _figure(width: float, height: float, title: str, shown: int) -> Figure:
 def _draw_roc(axes: Axes, curves: Mapping[str, Roc]) -> None:
     lowest = min(0.1, *(1 / roc.impostors for roc in curves.values()))
     for number, (name, roc) in enumerate(curves.items()):
-        # Steps, as only whole pairs are accepted; left of one impostor pair nothing is measured.
-        measured = roc.far_T * roc.impostors >= 0.5
-        at_first = roc.tar_T[~measured][-1]
         axes.step(
-            np.append(1 / roc.impostors, roc.far_T[measured]),
-            np.append(at_first, roc.tar_T[measured]),
+            *_corners(roc),
             where="post",
             color=_COLOURS[number % len(_COLOURS)],
             linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)],
@@ -94,6 +93,7 @@ def _draw_roc(axes: Axes, curves: Mapping[str, Roc]) -> None:
     chance = np.geomspace(lowest, 1, 200)
     axes.plot(chance, chance, color="#999999", linestyle=":", linewidth=1.2, label="chance")
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # on a short axis they would overlap
     axes.set_xlim(lowest, 1)
     axes.set_ylim(0, 1.01)
     axes.set_xlabel("FAR: pairs of two persons accepted")
@@ -103,22 +103,45 @@ def _draw_roc(axes: Axes, curves: Mapping[str, Roc]) -> None:
     _tidy(axes)
 
 
-def _draw_scores(axes: Axes, result: Verification, *, prefix: str, legend: bool) -> None:
-    edges = np.linspace(min(-0.2, float(result.scores_P.min())), 1, _BINS + 1)
+def _corners(roc: Roc) -> tuple[Floats, Floats]:
+    """FAR and TAR where the curve of steps rises, and both ends: the same line, from no more points than genuine pairs.
+
+    Steps, as only whole pairs are accepted; left of one impostor pair nothing is measured.
+    """
+    measured = roc.far_T * roc.impostors >= 0.5
+    far = np.append(1 / roc.impostors, roc.far_T[measured])
+    tar = np.append(roc.tar_T[~measured][-1], roc.tar_T[measured])
+    rises = np.append(True, tar[1:] > tar[:-1])
+    rises[-1] = True
+    return far[rises], tar[rises]
+
+
+def _edges(results: Iterable[Verification]) -> list[float]:
+    """Bins for all scores of all results, so that bars of one height are one share of pairs."""
+    scores = np.concatenate([result.scores_P for result in results])
+    lowest, highest = float(scores.min()), float(scores.max())
+    highest = max(highest, min(1.0, (lowest + highest + _LEAST_SPAN) / 2))
+    lowest = min(lowest, highest - _LEAST_SPAN)
+    return [float(edge) for edge in np.linspace(lowest, highest, _BINS + 1)]
+
+
+def _draw_scores(axes: Axes, result: Verification, edges: list[float], *, prefix: str, legend: bool) -> None:
     for kind, scores, colour in (
         ("two persons", result.scores_P[~result.same_P], _IMPOSTOR),
         ("one person", result.scores_P[result.same_P], _GENUINE),
     ):
         weights = np.full(len(scores), 1 / len(scores))
-        axes.hist(scores, edges.tolist(), weights=weights, histtype="stepfilled", color=colour, alpha=0.45, label=kind)
-        axes.hist(scores, edges.tolist(), weights=weights, histtype="step", color=colour, linewidth=1.2)
+        axes.hist(scores, edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.45, label=kind)
+        axes.hist(scores, edges, weights=weights, histtype="step", color=colour, linewidth=1.2)
     threshold = 1 - float(result.ten_fold.thresholds_F.mean()) / 2
     axes.axvline(threshold, color="#333333", linestyle="--", linewidth=1, label="ten-fold threshold")
     axes.set_ylabel("share of pairs")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title(f"{prefix}accuracy {100 * result.accuracy:.2f} ± {100 * result.accuracy_std:.2f}%", fontsize=9)
-    if legend:
-        axes.legend(loc="best", fontsize=8, framealpha=0.9)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    if legend:  # in a line of its own above the bars
+        axes.set_ylim(0, 1.14 * axes.get_ylim()[1])
+        axes.legend(loc="upper center", ncols=3, fontsize=8, edgecolor="none", borderpad=0.2, borderaxespad=0.1)
     _tidy(axes)
 
 

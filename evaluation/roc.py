@@ -16,6 +16,9 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
+_ROUNDING = 1e-12
+"""1e-3 of 3000 pairs must be 3, whichever way the product rounds."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Roc:
@@ -66,12 +69,9 @@ class TarAtFar:
 def roc_of(scores_P: Floats, same_P: Bools) -> Roc:
     """ROC of scores (higher: more alike) and whether each pair shows one person. O(P log P).
 
-    Raises ValueError for scores that are not finite, other shapes, or pairs of one kind only.
+    Raises ValueError for scores that are not finite, other shapes, truths that are not bool, or pairs of one kind only.
     """
-    if scores_P.ndim != 1 or scores_P.shape != same_P.shape:
-        raise ValueError(f"expected one score and one truth a pair, got shapes {scores_P.shape} and {same_P.shape}")
-    if not np.isfinite(scores_P).all():
-        raise ValueError(f"expected finite scores, got {np.count_nonzero(~np.isfinite(scores_P))} that are not")
+    check_pairs(scores_P, same_P)
     genuine = int(np.count_nonzero(same_P))
     impostors = len(same_P) - genuine
     if not genuine or not impostors:
@@ -86,6 +86,19 @@ def roc_of(scores_P: Floats, same_P: Bools) -> Roc:
     return Roc(far_T=far_T, tar_T=tar_T, threshold_T=threshold_T, genuine=genuine, impostors=impostors)
 
 
+def check_pairs(values_P: Floats, same_P: Bools) -> None:
+    """Raise ValueError unless there is one finite value and one boolean for each pair.
+
+    A truth of 0 and 1 in another type would index where a mask is meant, and give a wrong figure without an error.
+    """
+    if values_P.ndim != 1 or values_P.shape != same_P.shape:
+        raise ValueError(f"expected one value and one truth a pair, got shapes {values_P.shape} and {same_P.shape}")
+    if same_P.dtype != np.bool_:
+        raise ValueError(f"expected bool for whether a pair shows one person, got {same_P.dtype}: use astype(bool)")
+    if not np.isfinite(values_P).all():
+        raise ValueError(f"expected finite values, got {np.count_nonzero(~np.isfinite(values_P))} that are not")
+
+
 def tar_at_far(roc: Roc, far: float) -> TarAtFar:
     """TAR at a FAR of at most `far`, without interpolation.
 
@@ -94,9 +107,10 @@ def tar_at_far(roc: Roc, far: float) -> TarAtFar:
     """
     if not 0 < far <= 1:
         raise ValueError(f"expected 0 < FAR <= 1, got {far}")
-    allowed = math.floor(far * roc.impostors * (1 + 1e-12))  # 1e-3 * 3000 must be 3, whichever way it rounds
+    allowed = math.floor(far * roc.impostors * (1 + _ROUNDING))
     if allowed == 0:
-        reason = f"FAR {far:g} needs at least {math.ceil(1 / far)} pairs of two persons, there are {roc.impostors}"
+        needed = math.ceil((1 - _ROUNDING) / far)
+        reason = f"FAR {far:g} needs at least {needed} pairs of two persons, there are {roc.impostors}"
         return TarAtFar(far=far, tar=math.nan, threshold=math.nan, reason=reason)
     accepted_T = np.rint(roc.far_T * roc.impostors)
     at = int(np.searchsorted(accepted_T, allowed, side="right")) - 1

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from evaluation.roc import Bools, Floats, Roc, TarAtFar, roc_of, tar_at_far
+from evaluation.roc import Bools, Floats, Roc, TarAtFar, check_pairs, roc_of, tar_at_far
 
 FOLDS = 10
 """The field's protocol, and so the least number of pairs."""
@@ -44,7 +44,7 @@ class Verification:
     """In the order of the rates asked for."""
     roc: Roc
     scores_P: Floats
-    """Cosine of each pair."""
+    """Cosine of each pair; as the distances have it, 0.5 where one embedding is zero and 1 where both are."""
     same_P: Bools
 
     @property
@@ -76,7 +76,8 @@ def verify(
     """Compare the embeddings of P pairs.
 
     first_PD, second_PD: floating point, of any length; they are scaled to unit length here. same_P: bool, whether the
-    pair shows one person. Raises ValueError for fewer than 10 pairs, pairs of one kind only, and values not finite.
+    pair shows one person. Raises ValueError for fewer than 10 pairs, pairs of one kind only, values not finite, and
+    truths that are not bool.
     """
     distances_P = squared_distances(first_PD, second_PD)
     scores_P = 1 - distances_P / 2
@@ -117,8 +118,9 @@ def ten_fold_accuracy(distances_P: Floats, same_P: Bools) -> TenFold:
     """Accuracy on each tenth of the pairs, in their order, by the first threshold that is best on the other nine.
 
     A pair counts as one person when its squared distance is below the threshold; the first P % 10 folds hold one pair
-    more. O(P log K). Raises ValueError for fewer than 10 pairs.
+    more. O(P log K). Raises ValueError for fewer than 10 pairs, distances not finite, and truths that are not bool.
     """
+    check_pairs(distances_P, same_P)
     total = len(distances_P)
     if total < FOLDS:
         raise ValueError(f"expected at least {FOLDS} pairs for ten-fold accuracy, got {total}: add pairs to the set")
