@@ -14,7 +14,7 @@ from data.errors import DataError
 from data.files import appearing
 from data.header import EXACT
 from data.index import rebuild, write_index
-from data.pack import Encoder, Rows, encode_pairs, every_image, labelled, write_records
+from data.pack import Encoder, Rows, encode_all, every_image, labelled, write_records
 from data.pairs import Pairs, draw_pairs
 from data.properties import Properties
 from data.recordio import RecordReader
@@ -185,9 +185,11 @@ def _has(name: str, training: Training, held_out: HeldOut | None) -> bool:
 
 
 def _write_pairs(path: Path, encoder: Encoder, held_out: HeldOut, console: Console) -> None:
-    images = encode_pairs(encoder, held_out.source, held_out.pairs)
-    same = held_out.pairs.same
-    write_bin(path, list(_shown(images, "verification images", 2 * len(same), console)), same)
+    # An image may be in several pairs: encoded once.
+    wanted, place = np.unique(held_out.pairs.images.reshape(-1, 2), axis=0, return_inverse=True)
+    images = encode_all(encoder, held_out.source, wanted)
+    encoded = list(_shown(images, "verification images", len(wanted), console))
+    write_bin(path, [encoded[at] for at in place.ravel()], held_out.pairs.same)
 
 
 def _shown(items: Iterable[T], what: str, total: int, console: Console) -> Iterator[T]:

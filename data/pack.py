@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from data.errors import DataError
 from data.header import EXACT, Header, class_labels, pack
-from data.pairs import Pairs
 from data.recordio import RecordWriter
 from data.sources import Source
 
@@ -121,9 +120,9 @@ def labelled(
             yield label, image
 
 
-def encode_pairs(encoder: Encoder, source: Source, pairs: Pairs) -> Iterator[bytes]:
-    """The 2P images of the pairs, in the order of a verification set. Raises DataError when one cannot be had."""
-    for image in encoder.encode(source, pairs.images.reshape(-1, 2)):
+def encode_all(encoder: Encoder, source: Source, wanted: Rows) -> Iterator[bytes]:
+    """Encoded images of the rows of `wanted`. Raises DataError when one cannot be had."""
+    for image in encoder.encode(source, wanted):
         if isinstance(image, DataError):
             raise DataError(f"{image} (repair or remove it: a pair needs both of its images)")
         yield image

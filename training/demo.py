@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -18,33 +22,78 @@ from data.contact_sheet import contact_sheet, write_png
 from data.decode import decode_image
 from data.records import RecordSet
 
-_FOLDER = Path("runs/demo")
-_IDENTITIES, _IMAGES, _HELD_OUT, _PAIRS = 1000, 20, 200, 3000
 _RANKS = 2
 
 
+class Size(NamedTuple):
+    """How much is packed and trained."""
+
+    identities: int = 1000
+    images: int = 20
+    """Of an identity, at most: the long tail leaves two thirds of it on average."""
+    held_out: int = 200
+    pairs: int = 3000
+    settings: tuple[str, ...] = ()
+    """Passed on to `train_dist.py --set`."""
+
+
+class DemoError(RuntimeError):
+    """A step of the demo failed; it has said why itself."""
+
+
+def run(folder: Path, size: Size, console: Console) -> None:
+    """Pack, train and tell, all below `folder`. Raises DemoError when a step fails."""
+    data, trained = folder / "data", folder / "run"
+    started = time.perf_counter()
+    console.rule(f"1/3  drawing and packing {size.identities} identities into {data}")
+    _pack(data, size)
+    console.rule(f"2/3  training on {_RANKS} ranks: torchrun train_dist.py --config configs/demo.yaml")
+    _train(data, trained, size)
+    console.rule("3/3  what came of it")
+    classes = json.loads((trained / "classes.json").read_text(encoding="utf-8"))
+    _draw_classes(RecordSet.open(data), classes, trained / "classes.png")
+    console.print(_table(trained, classes, time.perf_counter() - started))
+    board = shlex.join([str(Path(sys.executable).with_name("tensorboard")), "--logdir", str(trained / "tensorboard")])
+    for name, value in (
+        ("TensorBoard log", str(trained / "tensorboard")),
+        ("look at it with", board),
+        ("ROC", str(trained / "roc_verification.png")),
+        ("contact sheet", f"{trained / 'classes.png'} (easiest classes first, hardest last)"),
+    ):
+        console.print(f"{name:<16} {value}", highlight=False, soft_wrap=True)
+
+
 def _call(*command: str) -> None:
-    finished = subprocess.run([sys.executable, "-m", *command], check=False)
-    if finished.returncode:
-        raise SystemExit(f"error: `{' '.join(command)}` ended with exit code {finished.returncode}; see above")
+    sys.stdout.flush()  # ours before theirs, when the output is a file
+    quiet = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # torchrun's own warning of it
+    if subprocess.run([sys.executable, "-m", *command], check=False, env=quiet).returncode:
+        raise DemoError(f"`{shlex.join(command)}` failed, see above")
 
 
-def _pack(folder: Path) -> None:
-    if (folder / "train.idx").is_file() and (folder / "verification.bin").is_file():
-        return  # the same command wrote it: records are a pure function of their arguments
-    _call(
-        *("data", "pack", "synthetic", "--out", str(folder), "--force"),
-        *("--identities", str(_IDENTITIES), "--images-per-identity", str(_IMAGES), "--seed", "0"),
-        *("--label-noise", "0.02", "--long-tail", "0.3"),
-        *("--verification-identities", str(_HELD_OUT), "--pairs", str(_PAIRS)),
-    )
+def _pack(folder: Path, size: Size) -> None:
+    """Pack, unless the same command has done so before: records are a pure function of their arguments."""
+    command = [
+        *("data", "pack", "synthetic", "--out", str(folder), "--force", "--seed", "0"),
+        *("--identities", str(size.identities), "--images-per-identity", str(size.images)),
+        *("--label-noise", "0.02", "--long-tail", "0.3", "--difficulty-spread", "0.7"),
+        *("--verification-identities", str(size.held_out), "--pairs", str(size.pairs)),
+    ]
+    receipt = folder / "packed_by.txt"
+    if receipt.is_file() and receipt.read_text(encoding="utf-8") == shlex.join(command):
+        print("already there, packed by the same command")
+        return
+    receipt.unlink(missing_ok=True)
+    _call(*command)
+    receipt.write_text(shlex.join(command), encoding="utf-8")
 
 
-def _train(run: Path) -> None:
-    shutil.rmtree(run, ignore_errors=True)
+def _train(data: Path, trained: Path, size: Size) -> None:
+    shutil.rmtree(trained, ignore_errors=True)
+    settings = (f"data.path={data}", f"train.output={trained}", *size.settings)
     _call(
         *("torch.distributed.run", "--standalone", f"--nproc_per_node={_RANKS}"),
         *("train_dist.py", "--config", "configs/demo.yaml"),
+        *(part for setting in settings for part in ("--set", setting)),
     )
 
 
@@ -52,50 +101,55 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _sheet(records: RecordSet, classes: list[dict[str, Any]], path: Path) -> None:
+def _draw_classes(records: RecordSet, classes: list[dict[str, Any]], path: Path) -> None:
     """Eight images of each of the easiest and hardest classes, from the records themselves."""
     rows, captions = [], []
     for row in classes:
         samples = np.flatnonzero(records.labels == row["label"])[:8]
         rows.append([decode_image(records.image(int(sample))[1], records.image_size) for sample in samples])
-        captions.append(f"class {row['label']}: h {row['hard_level']:.2f}, m {row['margin']:.3f}")
+        captions.append(f"class {row['label']}: hard level {row['hard_level']:.2f}, margin {row['margin']:.3f}")
     write_png(path, contact_sheet(rows, captions=captions))
 
 
-def _table(run: Path, classes: list[dict[str, Any]], seconds: float) -> Table:
-    checks, log = _lines(run / "verification.jsonl"), _lines(run / "metrics.jsonl")
-    untrained, trained = checks[0], checks[-1]
+def _table(trained: Path, classes: list[dict[str, Any]], seconds: float) -> Table:
+    checks, log = _lines(trained / "verification.jsonl"), _lines(trained / "metrics.jsonl")
+    steps = [line for line in log if "throughput/images_per_second" in line]
+    before, after = checks[0], checks[-1]
     easiest, hardest = classes[0], classes[-1]
-    speed = float(np.median([line["throughput/images_per_second"] for line in log]))
-    table = Table(title=f"{_IDENTITIES} identities, {_RANKS} ranks, joint loss, {seconds / 60:.1f} minutes")
-    for name in ("on held-out identities", "untrained", "trained"):
-        table.add_column(name, justify="left" if name.startswith("on") else "right")
-    table.add_row("verification accuracy", *(f"{100 * check['accuracy']:.1f}%" for check in (untrained, trained)))
-    table.add_row("TAR at FAR = 1e-2", *(f"{100 * check['tar@far=1e-2']:.1f}%" for check in (untrained, trained)))
+    speed = float(np.median([line["throughput/images_per_second"] for line in steps]))
+    table = Table(title=f"joint loss on {_RANKS} ranks, {seconds / 60:.1f} minutes in all")
+    table.add_column("on identities never trained on")
+    table.add_column("untrained", justify="right")
+    table.add_column("trained", justify="right")
+    table.add_row("verification accuracy", *(f"{100 * check['accuracy']:.1f}%" for check in (before, after)))
+    table.add_row("TAR@FAR=1e-2", *(f"{100 * check['tar@far=1e-2']:.1f}%" for check in (before, after)))
     table.add_section()
     table.add_row("of the training identities", "easiest", "hardest", style="bold")
     table.add_row("class", str(easiest["label"]), str(hardest["label"]))
     table.add_row("hard level h", f"{easiest['hard_level']:.3f}", f"{hardest['hard_level']:.3f}")
     table.add_row("margin m", f"{easiest['margin']:.3f}", f"{hardest['margin']:.3f}")
     table.add_section()
-    table.add_row("images per second", "", f"{speed:.0f}")
-    table.add_row("cluster refreshes", "", f"{log[-1]['clusters/version']:.0f}")
+    table.add_row("images per second in training", "", f"{speed:.0f}")
+    table.add_row("cluster refreshes", "", f"{steps[-1]['clusters/version']:.0f}")
     return table
 
 
-def main() -> None:
-    console = Console()
-    started = time.perf_counter()
-    data, run = _FOLDER / "data", _FOLDER / "run"
-    _pack(data)
-    _train(run)
-    classes = json.loads((run / "classes.json").read_text(encoding="utf-8"))
-    _sheet(RecordSet.open(data), classes, run / "classes.png")
-    console.print(_table(run, classes, time.perf_counter() - started))
-    console.print(f"curves          {Path(sys.executable).parent / 'tensorboard'} --logdir {run / 'tensorboard'}")
-    console.print(f"ROC             {run / 'roc_verification.png'}")
-    console.print(f"contact sheet   {run / 'classes.png'}  (easiest classes first, hardest last)")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when all went well, 1 when a step failed."""
+    parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default runs/demo")
+    parser.add_argument("--small", action="store_true", help="a few seconds of it, to see that everything works")
+    args = parser.parse_args(arguments)
+    small = Size(
+        24, 8, 12, 400, ("train.epochs=8", "train.batch_size=12", "train.log_steps=4", "optim.warmup_epochs=0")
+    )
+    try:
+        run(args.out, small if args.small else Size(), Console())
+    except DemoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -106,13 +106,16 @@ def data_parallel(backbone: nn.Module, ranks: Ranks) -> DistributedDataParallel:
 
     DDP averages by default. The losses here are means over the global batch and hand every rank the gradient
     of that global mean, so the sum is the gradient, and no hidden factor of the world size is needed anywhere.
-    Buffers (BatchNorm statistics) follow rank 0.
+    Buffers (BatchNorm statistics) follow rank 0. Weights become channels last in memory.
     """
+    # As images come; gradients then have the layout of their buckets.
+    backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = DistributedDataParallel(
         backbone,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
         process_group=ranks.group,
         gradient_as_bucket_view=True,
     )
-    model.register_comm_hook(ranks.group, _sum_gradients)
+    # DDP refuses a hook whose annotations are text, as those of this file are; a lambda has none.
+    model.register_comm_hook(ranks.group, lambda group, bucket: _sum_gradients(group, bucket))  # noqa: PLW0108
     return model

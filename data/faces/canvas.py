@@ -90,7 +90,7 @@ class Canvas:
                 size = (2 * soft + 1, 2 * soft + 1)
                 cv2.blur(mask, size, dst=mask)
                 cv2.blur(mask, size, dst=mask)
-            paint(part, np.broadcast_to(colour, part.shape), mask)
+            paint(part, colour, mask)
 
     def area(self, outline: Points, margin: int) -> tuple[Points, npt.NDArray[np.uint8]] | None:
         """First corner, and the pixels of a box round the outline; None when it lies outside."""
@@ -111,10 +111,9 @@ class Canvas:
 
 
 def paint(pixels: npt.NDArray[np.uint8], over: npt.NDArray[Any], mask: npt.NDArray[np.uint8]) -> None:
-    """Mix `over` (H, W, 3) into the pixels by the mask, 0 … 255, in place."""
-    share = np.multiply(mask, np.float32(1 / 255), dtype=np.float32)[..., None]
-    mixed = over - pixels.astype(np.float32)
-    mixed *= share
+    """Mix `over`, broadcast to (H, W, 3), into the pixels by the mask, 0 … 255, in place."""
+    mixed = over.astype(np.float32) - pixels
+    mixed *= np.multiply(mask, np.float32(1 / 255), dtype=np.float32)[..., None]
     mixed += pixels
     mixed += np.float32(0.5)
     pixels[:] = mixed

@@ -46,7 +46,7 @@ def draw_face(traits: Traits, circumstances: Circumstances, rng: np.random.Gener
     image = cv2.resize(canvas.pixels, (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.float32)
     lit = cv2.resize(canvas.lit, (SIZE, SIZE), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
     light = 1 + lit * (_light(head) - 1)
-    image *= light[..., None] * (c.exposure * c.cast).astype(np.float32)
+    image *= cv2.merge([light * gain for gain in (c.exposure * c.cast).tolist()])
     draw_cover(image, head)
     if c.blur > 0.2:
         cv2.GaussianBlur(image, (0, 0), c.blur, dst=image)
@@ -61,23 +61,29 @@ def _light(head: Head) -> npt.NDArray[np.float32]:
     """Brightness of each pixel of a head under the light of the circumstances, float32 (112, 112), about 1 in front."""
     c, t = head.circumstances, head.traits
     x, y = _grid()
-    centre = head.centre
-    scale = c.zoom
-    nx = (x - centre[0]) / np.float32(scale * 1.22 * t.cheek_width)
-    ny = (y - centre[1]) / np.float32(scale * 55)
+    # Python's own floats, as NumPy's would make everything float64.
+    centre_x, centre_y = head.centre.tolist()
+    top_x, top_y = (head.place(np.array([[0, t.eye_y + 2]]), 0)[0] / 2).tolist()
+    tip_x, tip_y = (head.nose_tip / 2).tolist()
+    light_x, light_y, light_z = c.light.tolist()
+    nx = (x - centre_x) / (c.zoom * 1.22 * t.cheek_width)
+    ny = (y - centre_y) / (c.zoom * 55)
     nz = np.sqrt(np.maximum(1 - nx * nx - ny * ny, 0.06))
     # The nose: a ridge from the bridge to the tip and a ball at its end, as slopes of a height above the ellipsoid.
-    top, tip = head.place(np.array([[0, t.eye_y + 2]]), 0)[0] / 2, head.nose_tip / 2
-    along = np.clip((y - top[1]) / max(tip[1] - top[1], 1), 0, 1.25)
-    ridge_x = top[0] + along * (tip[0] - top[0])
-    width = np.float32(scale) * (0.62 * t.bridge_width + 0.42 * t.nose_width * along)
-    off = (x - ridge_x) / width
-    fade = np.exp(-(np.maximum(y - tip[1], 0) ** 2) / 9) * (y > top[1] - 3)
-    height = np.float32(0.085 * t.nose_height) * along * np.exp(-off * off) * fade
-    nx = nx + height * off * 1.9
-    ny = ny + 1.1 * height * (y > tip[1] - 1)
-    # Below the brows and beside the mouth the face lies back.
-    length = np.sqrt(nx * nx + ny * ny + nz * nz)
-    lambert = (nx * c.light[0] + ny * c.light[1] + nz * c.light[2]) / length
-    light = np.float32(c.ambient) + np.float32(1 - c.ambient) * 1.28 * np.maximum(lambert, 0)
-    return np.asarray(light, np.float32)
+    rows, columns = _box(top_y - 3, tip_y + 12, top_x, tip_x, 3 * c.zoom * t.nose_width)
+    x, y = x[rows, columns], y[rows, columns]
+    along = np.clip((y - top_y) / max(tip_y - top_y, 1), 0, 1.25)
+    off = (x - top_x - along * (tip_x - top_x)) / (c.zoom * (0.62 * t.bridge_width + 0.42 * t.nose_width * along))
+    fade = np.exp(np.maximum(y - tip_y, 0) ** 2 / -9)
+    height = 0.085 * t.nose_height * along * fade * np.exp(-off * off)
+    nx[rows, columns] += 1.9 * height * off
+    ny[rows, columns] += 1.1 * height * (y > tip_y - 1)
+    lambert = (nx * light_x + ny * light_y + nz * light_z) / np.sqrt(nx * nx + ny * ny + nz * nz)
+    return np.asarray(c.ambient + (1 - c.ambient) * 1.28 * np.maximum(lambert, 0), np.float32)
+
+
+def _box(top: float, bottom: float, x1: float, x2: float, reach: float) -> tuple[slice, slice]:
+    """Rows and columns of the pixels from top to bottom, and from x1 to x2 with `reach` on either side."""
+    left, right = min(x1, x2) - reach, max(x1, x2) + reach
+    rows, columns = ((max(0, int(low)), max(1, int(high))) for low, high in ((top, bottom), (left, right)))
+    return slice(*rows), slice(*columns)
