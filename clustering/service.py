@@ -272,9 +272,10 @@ class ClusterService:
                 )
         self.bank.load_state_dict(state["bank"])
         self._done, self._run_began = state["done"], state["run_began"]
+        self._published = self._candidates = self._run = None
+        self.margins_C = torch.full_like(self.margins_C, self.margin)
         if state["published"] is not None:
             self._adopt(Published.from_state_dict(state["published"], self.device))
-        self._run = None
         if state["run"] is not None:
             self._run = self._new_run(from_class_means=state["run"]["from_class_means"])
             self._run.load_state_dict(state["run"])

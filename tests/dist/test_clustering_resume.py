@@ -1,0 +1,182 @@
+"""The cluster service saved and loaded at any step, and ranks or states that do not fit each other refused."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clustering.errors import ClusterStateError
+from clustering.published import check_versions
+from clustering.service import ClusterService
+from partial_fc.collectives import GatheredBatch
+from tests.dist.clustering_cases import CASES, CPU, Case
+from tests.dist.service_cases import NOISY, STEPS, build, snapshot, train, trained, weights
+from tests.ranks import WORLD_SIZES, RankPool
+
+DRIFTING: Case = {**NOISY, "drift": 0.05}
+
+
+def _through_a_file(state: dict[str, Any]) -> dict[str, Any]:
+    """As a checkpoint does it: nothing is unpickled that is not on torch's allow-list."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {key: leaf for part, inner in value.items() for key, leaf in _flat(inner, f"{name}/{part}").items()}
+    return {name: value}
+
+
+def _differences(found: dict[str, Any], truth: dict[str, Any]) -> list[str]:
+    found, truth = _flat(found), _flat(truth)
+    if found.keys() != truth.keys():
+        return sorted(found.keys() ^ truth.keys())
+    return [
+        key
+        for key, value in truth.items()
+        if not (torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value)
+    ]
+
+
+def _scalars(service: ClusterService, case: Case, start: int) -> list[list[float]]:
+    """Trains to the end; version, ramp, losses and row margins of every step."""
+    found: list[list[float]] = []
+
+    def look(step: int, batch: GatheredBatch) -> None:
+        losses = (service.contrastive(batch), service.alignment(batch, weights(service)))
+        row_margins = service.row_margins(batch).tolist()
+        found.append([service.version, service.ramp(step), *(float(loss) for loss in losses), *row_margins])
+
+    train(service, case, start=start, each=look)
+    return found
+
+
+def _resumed(group: dist.ProcessGroup, stops: list[int]) -> dict[int, list[str]]:
+    """What differs at the end when the training is interrupted after `stop` steps; and whether that was amid a run."""
+    wanted = {"bank_dtype": torch.bfloat16}
+    whole = build(group, DRIFTING, **wanted)
+    scalars = _scalars(whole, DRIFTING, 0)
+    differs: dict[int, list[str]] = {}
+    for stop in stops:
+        first = trained(group, DRIFTING, stop=stop, **wanted)
+        state = _through_a_file(first.state_dict())
+        differs[stop] = [] if (state["run"] is not None) == (stop in {4, 5, 8, 9, 12, 13}) else ["the case"]
+        second = build(group, DRIFTING, **wanted)
+        second.load_state_dict(state)
+        differs[stop] += _differences(second.state_dict(), state)
+        if second.version != first.version or _scalars(second, DRIFTING, stop) != scalars[stop:]:
+            differs[stop].append("a step")
+        differs[stop] += _differences(second.state_dict(), whole.state_dict())
+        differs[stop] += _differences(snapshot(second), snapshot(whole))
+    return differs
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_going_on_from_a_saved_state_is_bit_for_bit_the_same(ranks: RankPool, world_size: int) -> None:
+    """Before the first refresh, within the first and second one, between two, and with the first publication."""
+    stops = [2, 4, 5, 6, 7, 9] if world_size == 2 else [5, 9]
+    for differs in ranks.run(world_size, _resumed, stops):
+        assert differs == {stop: [] for stop in stops}
+
+
+def _taken_back(group: dist.ProcessGroup) -> list[str]:
+    """A state from before the first publication, loaded into a service that has published since."""
+    service = trained(group, NOISY, stop=3)
+    state = _through_a_file(service.state_dict())
+    train(service, NOISY, start=3)
+    assert service.version == 3
+    service.load_state_dict(state)
+    truth = trained(group, NOISY, stop=3)
+    return _differences(service.state_dict(), truth.state_dict()) + _differences(snapshot(service), snapshot(truth))
+
+
+def test_loading_takes_back_what_was_published_since(ranks: RankPool) -> None:
+    assert ranks.run(2, _taken_back) == [[], []]
+
+
+# ---- refused ---------------------------------------------------------------------------------------------------
+
+
+def _state(group: dist.ProcessGroup) -> dict[str, Any]:
+    return _through_a_file(trained(group, NOISY, stop=7).state_dict())
+
+
+def _refusal(group: dist.ProcessGroup, state: dict[str, Any], case: Case) -> str:
+    service = build(group, case)
+    with pytest.raises(ClusterStateError) as error:
+        service.load_state_dict(state)
+    assert service.version == 0
+    return str(error.value)
+
+
+def test_a_state_of_another_number_of_ranks_is_refused(ranks: RankPool) -> None:
+    (state,) = ranks.run(1, _state)
+    for message in ranks.run(2, _refusal, state, NOISY):
+        assert "world_size = 1, this run has 2" in message
+        assert "resume with the same data, settings and number of ranks" in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"sizes": [10] * 10}, "classes = 9, this run has 10"),
+        ({"extra": 3}, "clusters = 11, this run has 12"),
+        ({"sizes": [10] * 8 + [11]}, "samples = 90, this run has 91"),
+        ({"dim": 7}, "expected (90, 7) embeddings on this rank, got (90, 8)"),
+    ],
+)
+def test_a_state_of_other_data_is_refused(ranks: RankPool, changed: Case, said: str) -> None:
+    (state,) = ranks.run(1, _state)
+    assert said in ranks.run(1, _refusal, state, {**NOISY, **changed})[0]
+
+
+def test_a_bank_of_other_classes_is_refused(ranks: RankPool) -> None:
+    """As many samples and classes in all, yet other shares of the ranks."""
+    states = ranks.run(2, _state)
+    messages = ranks.run(2, _refusal, states[0], {**NOISY, "sizes": [14, 6] + [10] * 7, "flipped": 0, "seed": 1})
+    assert all("embeddings on this rank" in message for message in messages)
+
+
+def _check(group: dist.ProcessGroup, versions: list[int]) -> str:
+    try:
+        check_versions(versions[dist.get_rank(group)], group, CPU)
+    except ClusterStateError as error:
+        return str(error)
+    return "agreed"
+
+
+def test_versions_are_checked_on_all_ranks(ranks: RankPool) -> None:
+    assert ranks.run(4, _check, [3, 3, 3, 3]) == ["agreed"] * 4
+    for versions in ([3, 3, 4, 3], [2, 3, 4, 4], [0, 0, 0, 7]):
+        for message in ranks.run(4, _check, versions):
+            assert f"from {min(versions)} to {max(versions)}: resume all from the same checkpoint" in message
+
+
+def _mixed(group: dist.ProcessGroup) -> tuple[str, int]:
+    """One rank's state says another version: the next publication is refused on all ranks, and changes nothing."""
+    service = trained(group, CASES["even"], stop=9)
+    state = _through_a_file(service.state_dict())
+    if dist.get_rank(group) == 1:
+        state["published"]["version"] += 1
+    service = build(group, CASES["even"])
+    service.load_state_dict(state)
+    before = service.version
+    with pytest.raises(ClusterStateError) as error:
+        train(service, CASES["even"], start=9, stop=STEPS)
+    assert service.version == before
+    return str(error.value), service._done
+
+
+def test_ranks_of_different_versions_do_not_publish(ranks: RankPool) -> None:
+    for message, done in ranks.run(2, _mixed):
+        assert "cluster versions from 2 to 3" in message
+        assert done == 10, "the step of the next publication"
