@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from data.contact_sheet import contact_sheet, write_png
+from data.contact_sheet import Pixels, contact_sheet, write_png
 from data.decode import decode_image
 from data.records import RecordSet
 
@@ -51,7 +52,10 @@ def run(folder: Path, size: Size, console: Console) -> None:
     _train(data, trained, size)
     console.rule("3/3  what came of it")
     classes = json.loads((trained / "classes.json").read_text(encoding="utf-8"))
-    _draw_classes(RecordSet.open(data), classes, trained / "classes.png")
+    records = RecordSet.open(data)
+    write_png(trained / "classes.png", _sheet(records, classes, 8))
+    few = (_sheet(records, classes[:3], 5), _sheet(records, classes[-3:], 5))
+    _picture(trained / "roc_verification.png", *few).save(trained / "demo.jpg", quality=88)
     console.print(_table(trained, classes, time.perf_counter() - started))
     board = shlex.join([str(Path(sys.executable).with_name("tensorboard")), "--logdir", str(trained / "tensorboard")])
     for name, value in (
@@ -101,14 +105,30 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _draw_classes(records: RecordSet, classes: list[dict[str, Any]], path: Path) -> None:
-    """Eight images of each of the easiest and hardest classes, from the records themselves."""
+def _sheet(records: RecordSet, classes: list[dict[str, Any]], images: int) -> Pixels:
+    """A row for each class, its caption above it, from the records themselves."""
     rows, captions = [], []
     for row in classes:
-        samples = np.flatnonzero(records.labels == row["label"])[:8]
+        samples = np.flatnonzero(records.labels == row["label"])[:images]
         rows.append([decode_image(records.image(int(sample))[1], records.image_size) for sample in samples])
         captions.append(f"class {row['label']}: hard level {row['hard_level']:.2f}, margin {row['margin']:.3f}")
-    write_png(path, contact_sheet(rows, captions=captions))
+    return contact_sheet(rows, captions=captions)
+
+
+def _picture(roc: Path, easiest: Pixels, hardest: Pixels) -> Image.Image:
+    """The ROC above, the easiest classes at its left below, the hardest at its right."""
+    left, right = Image.fromarray(easiest), Image.fromarray(hardest)
+    with Image.open(roc) as file:
+        width = left.width + right.width
+        curves = file.convert("RGB").resize((width, round(file.height * width / file.width)), Image.Resampling.LANCZOS)
+    picture = Image.new("RGB", (width, curves.height + max(left.height, right.height)), "white")
+    for part, place in (
+        (curves, (0, 0)),
+        (left, (0, curves.height)),
+        (right, (left.width, curves.height)),
+    ):
+        picture.paste(part, place)
+    return picture
 
 
 def _table(trained: Path, classes: list[dict[str, Any]], seconds: float) -> Table:
