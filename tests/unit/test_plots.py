@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 from evaluation.plots import roc_figure, save_png, score_figure, verification_figure
 from evaluation.roc import Roc, roc_of
-from evaluation.verification import Verification, verify
+from evaluation.verification import TenFold, Verification, verify
 
 
 def _result(pairs: int, noise: float, *, dim: int = 24, common: float = 0.0) -> Verification:
@@ -179,7 +180,10 @@ def test_a_roc_and_the_scores_of_each_result(count: int) -> None:
 
 
 def test_scores_of_all_results_share_axis_and_bins() -> None:
-    figure = verification_figure({"before": _result(60, 3.0, common=5.0), "after": _result(80, 0.3)}, title="")
+    result = _result(60, 3.0)
+    # A network that knows nothing may accept nobody: a threshold right of all scores.
+    nobody = replace(result, ten_fold=TenFold(result.ten_fold.accuracies_F, np.zeros(10)))
+    figure = verification_figure({"before": nobody, "after": _result(80, 1.0)}, title="")
     before, after = figure.axes[1:]
     assert before.get_xlim() == after.get_xlim()
     edges = [np.unique(patch.get_xy()[:, 0]) for axes in (before, after) for patch in axes.patches if patch.get_fill()]
