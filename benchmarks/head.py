@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -271,7 +272,7 @@ def _compare(args: argparse.Namespace, ranks: Ranks, about: dict[str, str]) -> N
     )
     about |= _LEGEND
     texts = [cells(row, rows, args.sample_rate) for row in rows]
-    table = Table(title="Head of the margin softmax: one step")
+    table = Table(title="Head of the margin softmax: one step", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(_HEADER):
         if number != _RANGE:
             table.add_column(name, justify="left" if number == 1 else "right", no_wrap=number == 1)
