@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.hardness import weighted_mean
+from partial_fc.collectives import all_reduce_
 
 _SIGMA_FLOOR = 0.05  # hard levels closer together than this do not count as a spread
 _HALVINGS = 60  # from an interval below 4 to one below float64's resolution of a margin
@@ -50,6 +51,12 @@ def class_margins(
     return torch.where(anything, full_R, margin)
 
 
-def ramped(full_R: Tensor, margin: float, ramp: float) -> Tensor:
+def smallest_margin(margin_R: Tensor, margin: float, group: dist.ProcessGroup) -> Tensor:
+    """The smallest margin of all ranks' classes, at most `margin`: a float64 scalar. One all-reduce."""
+    own = torch.cat([margin_R, margin_R.new_tensor([margin])]).min()
+    return all_reduce_(own, group, dist.ReduceOp.MIN)
+
+
+def ramped(full: Tensor, margin: float, ramp: float) -> Tensor:
     """margin + ramp (full - margin), float32: the weighted mean stays `margin` and the bounds hold at every ramp."""
-    return (margin + ramp * (full_R - margin)).float()
+    return (margin + ramp * (full - margin)).float()

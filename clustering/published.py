@@ -22,14 +22,15 @@ from clustering.contrastive import Candidates
 from clustering.dist_kmeans import KMeansRun
 from clustering.errors import ClusterStateError
 from clustering.hardness import CountTable, agreement, cohesion, hard_level, weighted_mean
-from clustering.margins import class_margins
+from clustering.margins import class_margins, smallest_margin
 from clustering.shards import show_rows, unit_or
 from configs.schema import ClusteringConfig
 from partial_fc.collectives import GatheredBatch, all_reduce_
 from sharding import Shard
 
 _TENSORS = (
-    "c_SD", "anchor_RD", "code_I", "class_K", "owner_K", "weight_K", "f_R", "hard_R", "samples_R", "margin_R",
+    "c_SD", "anchor_RD", "code_I", "class_K", "owner_K", "weight_K", "f_R", "hard_R", "samples_R",
+    "margin_R", "smallest",
 )  # fmt: skip
 
 
@@ -58,6 +59,8 @@ class Published:
     """int64 N_y: samples with a cluster, suspects left out."""
     margin_R: Tensor
     """float64 margins at full strength."""
+    smallest: Tensor
+    """float64 scalar, on every rank: the smallest of all classes' margins, which suspects get."""
     statistics: dict[str, float]
     """Scalars for the log, over all ranks."""
 
@@ -175,6 +178,7 @@ def publish(
         hard_R=hard_R,
         samples_R=samples_R,
         margin_R=margin_R,
+        smallest=smallest_margin(margin_R, margin, group),
         statistics={},
     )
     published.statistics = _summary(published, size_K, table, int(all_reduce_(moved.long(), group)), group)

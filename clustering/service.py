@@ -108,9 +108,9 @@ class ClusterService:
     def row_margins(self, batch: GatheredBatch) -> Tensor:
         """Margin of each row, float32 (N,), as the head takes it: read on the rank that owns the row's class.
 
-        The class's margin; for a suspect the smallest one (both as far as the ramp of this step goes); m0 for
-        rows that lie elsewhere, and for all rows where the settings guide no margin (direction or Delta 0), so
-        that the head is then the plain one. No collective, no host sync.
+        The class's margin; for a suspect the smallest that any class has (both as far as the ramp of this step
+        goes), so that the head is the plain one where the settings guide no margin; m0 for rows that lie
+        elsewhere. No collective, no host sync.
         """
         margin_N = torch.full_like(batch.x_ND[:, 0], self.margin, requires_grad=False)
         if self._published is None or not self.classes.size:
@@ -118,10 +118,8 @@ class ClusterService:
         row_N = batch.labels_N - self.classes.start
         here_N = (row_N >= 0) & (row_N < self.classes.size)
         margin_N = torch.where(here_N, self.margins_C[row_N.clamp(0, self.classes.size - 1)], margin_N)
-        if not (self.config.direction and self.config.margin_delta):
-            return margin_N
         _, suspect_N = self._published.cluster_of(batch)
-        smallest = self.margin + self.ramp(self._done) * (self.config.margin_low - self.margin)
+        smallest = ramped(self._published.smallest, self.margin, self.ramp(self._done))
         return torch.where(suspect_N & here_N, smallest, margin_N)
 
     def contrastive(self, batch: GatheredBatch) -> Tensor:

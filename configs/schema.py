@@ -116,7 +116,7 @@ class ClusteringConfig:
     margin_delta: float = 0.1
     """Delta, the largest shift of a class margin before it is clipped and centred."""
     margin_low: float = 0.35
-    """Smallest class margin; also that of samples that look mislabelled, unless direction or Delta is 0."""
+    """Smallest class margin. (Samples that look mislabelled get the smallest that any class has.)"""
     margin_high: float = 0.65
     """Largest class margin."""
     temperature: float = 0.1

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from partial_fc.collectives import all_reduce_
 from training.distributed import Ranks
 
 _LATEST = "latest"
@@ -81,7 +84,7 @@ class CheckpointFolder:
             return None
         name = pointer.read_text(encoding="utf-8").strip()
         path = self.folder / name
-        if not name or Path(name).name != name or not path.is_dir():
+        if not re.fullmatch(r"step_\d+", name) or not path.is_dir():
             raise CheckpointError(
                 f"{pointer}: names {name!r}, which is not a checkpoint beside it: write the name of an existing "
                 "step_… folder into it, or use --set train.resume=false"
@@ -105,6 +108,23 @@ class CheckpointFolder:
                 f"write the name of an older step_… folder into {path.parent / _LATEST}"
             ) from None
         return state
+
+
+def check_same_checkpoint(path: Path | None, ranks: Ranks) -> None:
+    """Raise CheckpointError, on all ranks, unless all are about to go on from the same step. One all-reduce.
+
+    Ranks that started at different steps would run different collectives and wait for each other for ever.
+    """
+    step = -1 if path is None else int(path.name.removeprefix("step_"))
+    extremes = torch.tensor([step, -step], device=ranks.device)
+    all_reduce_(extremes, ranks.group, dist.ReduceOp.MAX)
+    newest, oldest = extremes[0].item(), -extremes[1].item()
+    if newest != oldest:
+        said = "no checkpoint" if oldest < 0 else f"step {oldest}"
+        raise CheckpointError(
+            f"ranks see different checkpoints ({said} and step {newest}): expected train.output on a file system that "
+            "all hosts share, or with the same checkpoint on each"
+        )
 
 
 # A checkpoint may be continued with other values of these; a change of anything else makes it another run.

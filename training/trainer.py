@@ -22,7 +22,7 @@ from data.loader import build_loader
 from data.records import RecordSet
 from partial_fc.collectives import all_reduce_
 from partial_fc.head import PartialFCHead
-from training.checkpoint import CheckpointFolder, refuse_another_run
+from training.checkpoint import CheckpointFolder, check_same_checkpoint, refuse_another_run
 from training.distributed import Ranks, data_parallel
 from training.errors import TrainingError
 from training.meter import Meter
@@ -143,6 +143,7 @@ class Trainer:
 
     def _resume(self) -> None:
         path = self.checkpoints.latest() if self.config.train.resume else None
+        check_same_checkpoint(path, self.ranks)
         if path is None:
             return
         state = self.checkpoints.load(path)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import RankPool
-from training.checkpoint import CheckpointError, CheckpointFolder, refuse_another_run
+from training.checkpoint import CheckpointError, CheckpointFolder, check_same_checkpoint, refuse_another_run
 from training.distributed import Ranks
 
 
@@ -91,6 +91,23 @@ def test_latest_that_names_no_checkpoint_is_an_error(ranks: RankPool, tmp_path: 
     ranks.run(1, _save_three, tmp_path)
     (tmp_path / "checkpoints" / "latest").write_text(name + "\n")
     assert "which is not a checkpoint beside it" in ranks.run(1, _latest_and_load, tmp_path)[0]
+
+
+def _agree(group: dist.ProcessGroup, steps: list[int | None]) -> str:
+    step = steps[dist.get_rank(group)]
+    try:
+        check_same_checkpoint(None if step is None else Path(f"x/step_{step:09d}"), _ranks(group))
+    except CheckpointError as error:
+        return str(error)
+    return "agreed"
+
+
+def test_ranks_that_see_different_checkpoints_stop_instead_of_hanging(ranks: RankPool) -> None:
+    for steps in ([None] * 4, [1200] * 4):
+        assert ranks.run(4, _agree, steps) == ["agreed"] * 4
+    for steps, said in (([7, 7, 9, 7], "step 7 and step 9"), ([None, 9, 9, 9], "no checkpoint and step 9")):
+        messages = ranks.run(4, _agree, steps)
+        assert all(f"ranks see different checkpoints ({said})" in message for message in messages)
 
 
 def test_a_changed_setting_is_named_and_free_ones_pass() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -145,7 +146,8 @@ def _suspects_in_a_step(group: dist.ProcessGroup) -> list[dict[str, Any]]:
                 "gradient": bool((other.x_ND.grad[suspect_N] == 0).all()),
                 "centres": torch.equal(moved[0][0], moved[1][0]) and torch.equal(moved[0][1], moved[1][1]),
                 "moves": not torch.equal(moved[0][0], p.c_SD),
-                "margin": bool((margin_N[here_N & suspect_N] == torch.tensor(0.35)).all()),
+                "margin": bool((margin_N[here_N & suspect_N] == p.smallest.float()).all()),
+                "margins": (float(p.smallest), p.margin_R.tolist()),
                 "others": torch.equal(margin_N[here_N & ~suspect_N], own_N),
             }
         )
@@ -153,7 +155,11 @@ def _suspects_in_a_step(group: dist.ProcessGroup) -> list[dict[str, Any]]:
 
 
 def test_suspects_move_no_centre_have_no_contrast_and_the_smallest_margin(ranks: RankPool) -> None:
-    for part in ranks.run(2, _suspects_in_a_step):
+    parts = ranks.run(2, _suspects_in_a_step)
+    for steps in zip(*parts, strict=True):
+        said, margins = zip(*(step.pop("margins") for step in steps), strict=True)
+        assert set(said) == {min(itertools.chain(*margins))}, "of the classes of all ranks"
+    for part in parts:
         assert sum(step.pop("suspects") for step in part) > 5
         assert all(all(step.values()) for step in part), part
 
