@@ -48,7 +48,10 @@ class CentreSGD(torch.optim.Optimizer):
                     continue
                 rows, grad = _rows(p.grad)
                 w = _take(p, rows)
-                velocity = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                state: dict[str, Any] = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                velocity = state["momentum_buffer"]
                 v = _take(velocity, rows).mul(group["momentum"]).add_(grad).add_(w, alpha=group["weight_decay"])
                 _put(velocity, rows, v)
                 _put(p, rows, w.sub(v, alpha=group["lr"]))
