@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=128, help="rows of the batch, default 128")
     parser.add_argument("--dim", type=int, default=512, help="embedding size, default 512")
     parser.add_argument("--sample-rate", type=float, default=0.1, help="of the sampled head, default 0.1")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each head, default 5")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each head, default 3")
     parser.add_argument("--warmup", type=int, default=1, help="turns before those, default 1")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="cuda: products in bf16")
     parser.add_argument("--threads", type=int, default=0, help="for arithmetic on the CPU, default all cores")
