@@ -198,7 +198,7 @@ class TrainConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: CUDA where there is a GPU for each rank, else the CPU."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: the backbone and the head's products run under autocast."""
+    """bf16: the backbone runs under autocast, and on GPUs the products of head and clusters take bf16 operands."""
     epochs: int = 20
     batch_size: int = 128
     """Images a rank takes in one micro-batch."""

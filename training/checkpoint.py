@@ -2,9 +2,9 @@
 
     <output>/checkpoints/step_000001200/rank_0.pt rank_1.pt …   and   <output>/checkpoints/latest
 
-Every rank writes what it alone holds (class centres, their momentum, bank, cluster state, random state); rank 0
-adds what all share. A checkpoint is written under a temporary name, brought to the disk, renamed, and only then
-named by `latest`: a run that dies while saving leaves the former checkpoint whole.
+Every rank writes all that it holds: class centres, their momentum, bank, cluster state and random state, which are its
+own, and the backbone, which all share. A checkpoint is written under a temporary name, brought to the disk, renamed, and
+only then named by `latest`: a run that dies while saving leaves the former checkpoint whole.
 """
 
 from __future__ import annotations
@@ -73,8 +73,9 @@ class CheckpointFolder:
     def _prune(self) -> None:
         for partial in self.folder.glob("step_*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
-        whole = sorted(path for path in self.folder.glob("step_*") if path.is_dir())
-        for old in whole[: -self.keep]:
+        # By age, not by step: a run that was started over, or went on from an older step, counts from less again.
+        whole = (path for path in self.folder.glob("step_*") if path.is_dir())
+        for old in sorted(whole, key=lambda path: (path.stat().st_mtime_ns, path.name))[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self) -> Path | None:

@@ -25,6 +25,7 @@ from data.decode import decode_image
 from data.records import RecordSet
 from data.synthetic import SyntheticFaces
 
+_ROOT = Path(__file__).parents[1]
 _RANKS = 2
 
 
@@ -100,7 +101,7 @@ def _train(data: Path, trained: Path, size: Size) -> None:
     settings = (f"data.path={data}", f"train.output={trained}", *size.settings)
     _call(
         *("torch.distributed.run", "--standalone", f"--nproc_per_node={_RANKS}"),
-        *("train_dist.py", "--config", "configs/demo.yaml"),
+        *(str(_ROOT / "train_dist.py"), "--config", str(_ROOT / "configs" / "demo.yaml")),
         *(part for setting in settings for part in ("--set", setting)),
     )
 

@@ -24,17 +24,24 @@ class Meter:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._sums = torch.zeros(len(_NAMES), device=ranks.device)
+        self._latest = torch.zeros((), device=ranks.device)
         self._unusable = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.data_wait = Stopwatch(torch.device("cpu"))
         self._steps = 0
         self._since = time.perf_counter()
 
     def add(self, values: StepValues) -> None:
+        self._latest = values.total
         self._sums += torch.stack(
             [values.total, values.margin, values.contrastive, values.alignment, values.gradient_norm]
         )
         self._unusable += values.unusable_rows
         self._steps += 1
+
+    @property
+    def latest_loss(self) -> float:
+        """The total loss of the last step, the same on all ranks; 0 before the first. Waits for the GPU."""
+        return float(self._latest)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

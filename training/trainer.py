@@ -70,15 +70,15 @@ class Trainer:
             raise ConfigError(f"model.backbone: {error}") from None
         torch.manual_seed(train.seed + 1 + ranks.rank)  # dropout and the like differ
         self.backbone = data_parallel(backbone.to(ranks.device), ranks)
+        bf16_products = train.precision == "bf16" and ranks.device.type == "cuda"  # CPUs would only emulate them
+        self.product_dtype = torch.bfloat16 if bf16_products else torch.float32
         self.head = PartialFCHead(
             num_classes=self.records.num_classes,
             embedding_size=config.model.embedding_size,
             config=config.head,
             group=ranks.group,
             seed=train.seed,
-            product_dtype=torch.bfloat16
-            if train.precision == "bf16" and ranks.device.type == "cuda"
-            else torch.float32,
+            product_dtype=self.product_dtype,
         ).to(ranks.device)
         self.service = self._build_service() if config.clustering.enabled else None
         self.optimizers = build_optimizers(self.backbone.parameters(), self.head.parameters(), config.optim)
@@ -107,6 +107,7 @@ class Trainer:
             margin=self.config.head.margin,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
+            product_dtype=self.product_dtype,
         )
 
     def _prepare_output(self) -> None:
@@ -156,11 +157,12 @@ class Trainer:
             self.service.load_state_dict(state["service"])
         self.meter.unusable.copy_(state["unusable"])
         torch.set_rng_state(state["random"])
-        if self.ranks.device.type == "cuda":
+        if self.ranks.device.type == "cuda" and "random_cuda" in state:  # else it was written on CPUs
             torch.cuda.set_rng_state(state["random_cuda"], self.ranks.device)
         self.step = state["step"]
 
     def _save(self) -> None:
+        self._refuse_diverged(self.meter.latest_loss)
         self.checkpoints.save(self.step, self._state())
 
     # ---- training ----------------------------------------------------------------------------------------------
@@ -250,16 +252,20 @@ class Trainer:
         losses = " ".join(f"{name} {values[f'loss/{name}']:.3f}" for name in ("margin", "contrastive", "alignment"))
         rate = values["throughput/images_per_second"]
         self.log.scalars(self.step, values, f"loss {values['loss/total']:.3f} ({losses})  {rate:.0f} img/s")
-        if not math.isfinite(values["loss/total"]):
-            raise TrainingError(
-                f"the loss became {values['loss/total']} before step {self.step}: lower optim.lr, add "
-                "optim.warmup_epochs, or use --set train.precision=fp32; the newest checkpoint is from before"
-            )
+        self._refuse_diverged(values["loss/total"])
         bad, limit = values["data/images_that_did_not_decode"], self.config.data.max_bad_images
         if bad > limit:
             raise TrainingError(
                 f"{bad:.0f} images did not decode, data.max_bad_images allows {limit}: the log names them; repair "
                 "the records, or raise the limit"
+            )
+
+    def _refuse_diverged(self, loss: float) -> None:
+        """Before a checkpoint too, so that the newest one never holds a diverged run."""
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss} before step {self.step}: lower optim.lr, add optim.warmup_epochs, or use "
+                "--set train.precision=fp32; the newest checkpoint is from before"
             )
 
     def _histograms(self) -> None:

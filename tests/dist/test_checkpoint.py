@@ -38,6 +38,22 @@ def _save_three(group: dist.ProcessGroup, output: Path) -> list[float]:
     return state["value"].tolist()
 
 
+def _save_steps(group: dist.ProcessGroup, output: Path, steps: list[int]) -> str:
+    folder = CheckpointFolder(output, _ranks(group), keep=2)
+    for step in steps:
+        folder.save(step, {"from": steps[0]})
+    path = folder.latest()
+    return "" if path is None else f"{path.name} of {folder.load(path)['from']}"
+
+
+def test_a_run_that_was_started_over_keeps_its_own_checkpoints(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(2, _save_steps, tmp_path, [10, 20, 30]) == ["step_000000030 of 10"] * 2
+    assert ranks.run(2, _save_steps, tmp_path, [5]) == ["step_000000005 of 5"] * 2
+    assert ranks.run(2, _save_steps, tmp_path, [9, 15]) == ["step_000000015 of 9"] * 2
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept == ["step_000000009", "step_000000015"]
+
+
 def _latest_and_load(group: dist.ProcessGroup, output: Path) -> str:
     folder = CheckpointFolder(output, _ranks(group), keep=2)
     try:
