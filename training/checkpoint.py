@@ -3,8 +3,8 @@
     <output>/checkpoints/step_000001200/rank_0.pt rank_1.pt …   and   <output>/checkpoints/latest
 
 Every rank writes all that it holds: class centres, their momentum, bank, cluster state and random state, which are its
-own, and the backbone, which all share. A checkpoint is written under a temporary name, brought to the disk, renamed, and
-only then named by `latest`: a run that dies while saving leaves the former checkpoint whole.
+own, and the backbone, which all share. A checkpoint is written under a temporary name, brought to the disk, renamed,
+and only then named by `latest`: a run that dies while saving leaves the former checkpoint whole.
 """
 
 from __future__ import annotations
