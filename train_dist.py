@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.load import load_config
-from configs.schema import ConfigError
-from training.distributed import open_ranks
+from training.distributed import Ranks, open_ranks
 from training.errors import USER_ERRORS
 from training.trainer import Trainer
 
@@ -38,17 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 when the run ended as asked, 2 when a setting or the data are not as expected (one line says what)."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     args = parse(arguments)
+    ranks: Ranks | None = None
     try:
         config = load_config(args.config, args.set)
         with open_ranks(config.train) as ranks:
-            try:
-                Trainer(config, ranks).run()
-            except USER_ERRORS as error:
-                if ranks.first_to_say(str(error)):  # one line, though every rank meets the same error
-                    print(f"error: {error}", file=sys.stderr)
-                return 2
-    except ConfigError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+            Trainer(config, ranks).run()
+    except USER_ERRORS as error:
+        # One line, though every rank meets the same error.
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0" if ranks is None else ranks.first_to_say(str(error))
+        if speaks:
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

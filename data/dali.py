@@ -32,6 +32,9 @@ _log = logging.getLogger(__name__)
 _QUEUE = 2
 """Batches that DALI decodes ahead, itself: one in work, one waiting. More gave nothing."""
 
+_FAILURES = 3
+"""Failures of DALI without a batch between them that are taken for bad images."""
+
 
 class DaliUnavailableError(DataError):
     """DALI is not installed, or does not load here."""
@@ -118,13 +121,15 @@ class DaliLoader(RecordLoader):
         with closing(drafts):
             feed = _Feed(drafts, self._records.image_size)
             pipeline = self._pipeline(feed)
+            failures = 0
             while True:
                 try:
                     images_BHW3 = self._run(pipeline)
                 except StopIteration:
                     break
                 except RuntimeError as error:
-                    if not feed.held:
+                    failures += 1
+                    if not feed.held or failures > _FAILURES:
                         raise  # not about any image
                     reason = " ".join(str(error).split())
                     _log.warning("DALI failed, %d batches are decoded on the CPU: %s", len(feed.held), reason)
@@ -133,6 +138,7 @@ class DaliLoader(RecordLoader):
                         yield self._finish(draft, self._decode(draft))
                     pipeline = self._pipeline(feed)
                 else:
+                    failures = 0
                     yield self._finish(feed.held.popleft(), images_BHW3)
             if feed.failure is not None:
                 raise feed.failure

@@ -23,6 +23,7 @@ from partial_fc.collectives import all_reduce_
 from training.distributed import Ranks
 
 _LATEST = "latest"
+_KEYS = {"step", "world_size"}
 
 
 class CheckpointError(RuntimeError):
@@ -44,24 +45,43 @@ class CheckpointFolder:
         self.folder, self.ranks, self.keep = output / "checkpoints", ranks, keep
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write this rank's state; the checkpoint counts once all ranks have. Two barriers."""
+        """Write this rank's state; the checkpoint counts once all ranks have. Two barriers.
+
+        Raises CheckpointError when the file system refuses; the former checkpoint is then still whole.
+        """
         final = self.folder / f"step_{step:09d}"
         partial = final.with_suffix(".partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        part = partial / f"rank_{self.ranks.rank}.pt"
-        with part.open("wb") as file:
-            torch.save({"world_size": self.ranks.world_size, "step": step, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        self.ranks.barrier()
-        if self.ranks.is_main:
-            shutil.rmtree(final, ignore_errors=True)  # the same step, written by a run that was resumed before it
-            _sync(partial)
-            partial.rename(final)
-            self._point_latest_at(final)
-            self._prune()
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            with (partial / self._part(self.ranks.rank)).open("wb") as file:
+                torch.save({"world_size": self.ranks.world_size, "step": step, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            self.ranks.barrier()
+            if self.ranks.is_main:
+                self._publish(partial, final)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or partial}: cannot write the checkpoint of step {step} ({error.strerror}): make "
+                "room or mend the folder; the same command goes on from the checkpoint before"
+            ) from None
         self.ranks.barrier()
         return final
+
+    @staticmethod
+    def _part(rank: int) -> str:
+        return f"rank_{rank}.pt"
+
+    def _publish(self, partial: Path, final: Path) -> None:
+        mine = {self._part(rank) for rank in range(self.ranks.world_size)}
+        for part in partial.iterdir():  # left by a run of more ranks that died while saving this step
+            if part.name not in mine:
+                part.unlink()
+        shutil.rmtree(final, ignore_errors=True)  # the same step of a run that was started over
+        _sync(partial)
+        partial.rename(final)
+        self._point_latest_at(final)
+        self._prune(final)
 
     def _point_latest_at(self, final: Path) -> None:
         new = self.folder / f"{_LATEST}.new"
@@ -70,12 +90,13 @@ class CheckpointFolder:
         new.replace(self.folder / _LATEST)
         _sync(self.folder)
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
         for partial in self.folder.glob("step_*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         # By age, not by step: a run that was started over, or went on from an older step, counts from less again.
-        whole = (path for path in self.folder.glob("step_*") if path.is_dir())
-        for old in sorted(whole, key=lambda path: (path.stat().st_mtime_ns, path.name))[: -self.keep]:
+        others = [path for path in self.folder.glob("step_*") if path.is_dir() and path != newest]
+        others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
+        for old in others[: max(0, len(others) - self.keep + 1)]:
             shutil.rmtree(old, ignore_errors=True)
 
     def latest(self) -> Path | None:
@@ -94,7 +115,7 @@ class CheckpointFolder:
 
     def load(self, path: Path) -> dict[str, Any]:
         """This rank's state. Raises CheckpointError when it does not fit this run or is damaged. No collective."""
-        part = path / f"rank_{self.ranks.rank}.pt"
+        part = path / self._part(self.ranks.rank)
         found = len(list(path.glob("rank_*.pt")))
         if found != self.ranks.world_size:
             raise CheckpointError(
@@ -102,10 +123,12 @@ class CheckpointFolder:
                 f"start it with {found} ranks, or use --set train.resume=false or another train.output"
             )
         try:
-            state: dict[str, Any] = torch.load(part, map_location="cpu", weights_only=True)
+            state = torch.load(part, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict) or not state.keys() >= _KEYS:
+                raise RuntimeError(f"expected {', '.join(sorted(_KEYS))} in it")
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
-                f"{part}: damaged or not a checkpoint ({str(error).splitlines()[0]}): "
+                f"{part}: damaged or not a checkpoint ({(str(error) or type(error).__name__).splitlines()[0]}): "
                 f"write the name of an older step_… folder into {path.parent / _LATEST}"
             ) from None
         return state

@@ -97,6 +97,10 @@ def _pack(folder: Path, size: Size) -> None:
 
 
 def _train(data: Path, trained: Path, size: Size) -> None:
+    if trained.exists() and not (trained / "config.yaml").is_file():
+        raise DemoError(
+            f"{trained}: expected nothing there, or an earlier run of the demo; name another folder by --out"
+        )
     shutil.rmtree(trained, ignore_errors=True)
     settings = (f"data.path={data}", f"train.output={trained}", *size.settings)
     _call(

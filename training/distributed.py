@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket, HashStore, Store
 from torch.nn.parallel import DistributedDataParallel
 
+from backbones import IMAGE_SIZE
 from configs.schema import ConfigError, TrainConfig
 
 _TIMEOUT = datetime.timedelta(minutes=10)
@@ -26,7 +27,6 @@ class Ranks:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
     group: dist.ProcessGroup
     store: Store
@@ -69,7 +69,8 @@ def open_ranks(config: TrainConfig) -> Iterator[Ranks]:
     """Join the process group that torchrun's environment describes, or a group of one without torchrun.
 
     NCCL on GPUs, gloo on CPUs. CPU arithmetic gets `config.cpu_threads` threads, or this host's cores divided
-    by its ranks. Raises ConfigError when CUDA is asked for and not there for every rank of this host.
+    by its ranks. Raises ConfigError when CUDA is asked for and not there for every rank of this host. The group is
+    closed at a clean end only: after an error the process is expected to end.
     """
     rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank, local_world_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
@@ -82,17 +83,15 @@ def open_ranks(config: TrainConfig) -> Iterator[Ranks]:
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         arguments |= {"store": HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**arguments)
-    try:
-        yield Ranks(
-            rank=rank,
-            world_size=world_size,
-            local_rank=local_rank,
-            device=device,
-            group=dist.group.WORLD,  # type: ignore[arg-type]
-            store=dist.distributed_c10d._get_default_store(),
-        )
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        group=dist.group.WORLD,  # type: ignore[arg-type]
+        store=dist.distributed_c10d._get_default_store(),
+    )
+    # Not after an error: NCCL would wait here for ranks that sit in a collective, and torchrun for this process.
+    dist.destroy_process_group()
 
 
 def _sum_gradients(group: dist.ProcessGroup, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -106,7 +105,8 @@ def data_parallel(backbone: nn.Module, ranks: Ranks) -> DistributedDataParallel:
 
     DDP averages by default. The losses here are means over the global batch and hand every rank the gradient
     of that global mean, so the sum is the gradient, and no hidden factor of the world size is needed anywhere.
-    Buffers (BatchNorm statistics) follow rank 0. Weights become channels last in memory.
+    Buffers (BatchNorm statistics) follow rank 0. Weights become channels last in memory. Runs a forward and a
+    backward pass on two black images, with their collectives.
     """
     # As images come; gradients then have the layout of their buckets.
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -118,4 +118,19 @@ def data_parallel(backbone: nn.Module, ranks: Ranks) -> DistributedDataParallel:
     )
     # DDP refuses a hook whose annotations are text, as those of this file are; a lambda has none.
     model.register_comm_hook(ranks.group, lambda group, bucket: _sum_gradients(group, bucket))  # noqa: PLW0108
+    _settle_buckets(model, ranks.device)
     return model
+
+
+def _settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
+    """Leave DDP's first backward behind, and everything else as it was.
+
+    DDP lays its buckets out anew after its first backward, and the order of a sum over three or more ranks depends on
+    the layout: without this, the first step of a resumed run would round otherwise than that of one never stopped.
+    """
+    before = [buffer.clone() for buffer in model.module.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model(torch.zeros(2, 3, *IMAGE_SIZE, device=device)).sum().backward()
+    for buffer, old in zip(model.module.buffers(), before, strict=True):
+        buffer.copy_(old)
+    model.zero_grad(set_to_none=True)

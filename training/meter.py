@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -31,7 +32,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, values: StepValues) -> None:
-        self._latest = values.total
+        self._latest = values.total + values.gradient_norm
         self._sums += torch.stack(
             [values.total, values.margin, values.contrastive, values.alignment, values.gradient_norm]
         )
@@ -39,20 +40,22 @@ class Meter:
         self._steps += 1
 
     @property
-    def latest_loss(self) -> float:
-        """The total loss of the last step, the same on all ranks; 0 before the first. Waits for the GPU."""
-        return float(self._latest)
+    def diverged(self) -> bool:
+        """Whether the last step's loss or gradient was not finite; the same on all ranks. Waits for the GPU."""
+        return not math.isfinite(self._latest.item())
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent in here (evaluation, checkpoints) does not count as training."""
+        """Time spent in here (evaluation, checkpoints) does not count as training. Waits for the GPU."""
+        if self._ranks.device.type == "cuda":
+            torch.cuda.synchronize(self._ranks.device)
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
 
     @property
     def unusable(self) -> Tensor:
-        """Rows without a label since the run began: a float64 scalar on the device, equal on all ranks."""
+        """Rows without a label since the epoch began: a float64 scalar on the device, equal on all ranks."""
         return self._unusable
 
     def take(self, head_time: Stopwatch, global_batch: int) -> dict[str, float]:

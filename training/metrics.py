@@ -30,7 +30,7 @@ class RunLog:
         if not active:
             return
         # Events that a killed run logged after its last checkpoint are hidden: the resumed run logs them again.
-        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1 if first_step else None)
         self._lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
         if self._console.is_terminal:
             self._progress = Progress(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +18,10 @@ from configs.load import to_dict, to_yaml
 from configs.schema import ConfigError, RunConfig
 from data.batch import Batch
 from data.loader import build_loader
-from data.records import RecordSet
 from partial_fc.collectives import all_reduce_
 from partial_fc.head import PartialFCHead
 from training.checkpoint import CheckpointFolder, check_same_checkpoint, refuse_another_run
+from training.checks import make_writable, open_records
 from training.distributed import Ranks, data_parallel
 from training.errors import TrainingError
 from training.meter import Meter
@@ -39,10 +38,8 @@ class Trainer:
         self.config, self.ranks = config, ranks
         train = config.train
         self.output = Path(train.output)
-        self._prepare_output()
-        if not config.data.path:
-            raise ConfigError("data.path: expected the folder that holds train.rec, got nothing: use --set data.path=…")
-        self.records = RecordSet.open(Path(config.data.path))
+        make_writable(self.output, ranks.rank)
+        self.records = open_records(config.data.path)
         self.loader = build_loader(
             self.records,
             batch_size=train.batch_size,
@@ -92,7 +89,7 @@ class Trainer:
         )
         self.verification = Verification(config, ranks)
         self.checkpoints = CheckpointFolder(self.output, ranks, train.keep_checkpoints)
-        self.step = 0
+        self.step, self._saved = 0, -1
         self.meter = Meter(ranks)
         self._resume()
 
@@ -109,18 +106,6 @@ class Trainer:
             steps_per_epoch=self.steps_per_epoch,
             product_dtype=self.product_dtype,
         )
-
-    def _prepare_output(self) -> None:
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            probe = self.output / f".writable_{self.ranks.rank}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(
-                f"train.output: cannot write to {self.output} ({error.strerror}): "
-                "choose another with --set train.output=…"
-            ) from None
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -159,11 +144,15 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if self.ranks.device.type == "cuda" and "random_cuda" in state:  # else it was written on CPUs
             torch.cuda.set_rng_state(state["random_cuda"], self.ranks.device)
-        self.step = state["step"]
+        self.step = self._saved = state["step"]
 
     def _save(self) -> None:
-        self._refuse_diverged(self.meter.latest_loss)
+        if self.step == self._saved:
+            return  # nothing has happened since the checkpoint that this run goes on from
+        if self.meter.diverged:
+            raise self._diverged()
         self.checkpoints.save(self.step, self._state())
+        self._saved = self.step
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -174,26 +163,15 @@ class Trainer:
         self.log = RunLog(self.output, active=self.ranks.is_main, total_steps=self.total_steps, first_step=self.step)
         try:
             self._introduce()
-            with self.meter.pause():
-                if self.step == 0:
-                    self._evaluate()  # untrained: what the later figures stand against
-            save_every = train.checkpoint_steps or self.steps_per_epoch
-            evaluate_every = max(1, round(self.config.eval.every_epochs * self.steps_per_epoch))
+            if self.step == 0:
+                self._evaluate()  # untrained: what the later figures stand against
             while self.step < last:
                 for batches in self._epoch_from(self.step, last):
                     values = self.train_step(batches, step=self.step, lr=self._learning_rate())
                     self.step += 1
                     self.meter.add(values)
                     self.log.moved(self.step)
-                    if self.step % train.log_steps == 0 or self.step == last:
-                        self._report()
-                    if self.step % train.histogram_steps == 0 or self.step == last:
-                        self._histograms()
-                    with self.meter.pause():
-                        if self.step % evaluate_every == 0 and self.step < self.total_steps:
-                            self._evaluate()
-                        if self.step % save_every == 0 and self.step < last:
-                            self._save()
+                    self._after_step(last)
             self._save()
             if self.step == self.total_steps:
                 self._finish()
@@ -202,6 +180,21 @@ class Trainer:
         finally:
             self.log.close()
             self.loader.close()
+
+    def _after_step(self, last: int) -> None:
+        """What is due after a finished step: log, histograms, evaluation, checkpoint."""
+        train = self.config.train
+        epoch_ends = self.step % self.steps_per_epoch == 0
+        evaluate_every = max(1, round(self.config.eval.every_epochs * self.steps_per_epoch))
+        if self.step % train.log_steps == 0 or self.step == last or epoch_ends:
+            self._report()
+        if self.step % train.histogram_steps == 0 or self.step == last:
+            self._histograms()
+        if self.step % evaluate_every == 0 and self.step < self.total_steps:
+            self._evaluate()
+        if self.step % (train.checkpoint_steps or self.steps_per_epoch) == 0 and self.step < last:
+            with self.meter.pause():
+                self._save()
 
     def _learning_rate(self) -> float:
         return learning_rate(
@@ -216,6 +209,8 @@ class Trainer:
         """Groups of `accumulation` batches from optimizer step `step` to the end of its epoch, or to `last`."""
         accumulation = self.config.train.accumulation
         epoch, done = divmod(step, self.steps_per_epoch)
+        if done == 0:
+            self.meter.unusable.zero_()
         stream = self.loader.epoch(epoch, start_step=done * accumulation)
         try:
             for _ in range(min(self.steps_per_epoch - done, last - step)):
@@ -241,7 +236,8 @@ class Trainer:
         )
 
     def _evaluate(self) -> None:
-        self.verification.run(self.backbone.module, self.step, self.log, self.output)
+        with self.meter.pause():
+            self.verification.run(self.backbone.module, self.step, self.log, self.output)
 
     def _report(self) -> None:
         """Log the means since the last report; stop, on all ranks alike, when going on makes no sense."""
@@ -252,21 +248,20 @@ class Trainer:
         losses = " ".join(f"{name} {values[f'loss/{name}']:.3f}" for name in ("margin", "contrastive", "alignment"))
         rate = values["throughput/images_per_second"]
         self.log.scalars(self.step, values, f"loss {values['loss/total']:.3f} ({losses})  {rate:.0f} img/s")
-        self._refuse_diverged(values["loss/total"])
+        if self.meter.diverged:
+            raise self._diverged()
         bad, limit = values["data/images_that_did_not_decode"], self.config.data.max_bad_images
         if bad > limit:
             raise TrainingError(
-                f"{bad:.0f} images did not decode, data.max_bad_images allows {limit}: the log names them; repair "
-                "the records, or raise the limit"
+                f"{bad:.0f} images did not decode in this epoch, data.max_bad_images allows {limit}: the log names "
+                "them; repair the records, or raise the limit"
             )
 
-    def _refuse_diverged(self, loss: float) -> None:
-        """Before a checkpoint too, so that the newest one never holds a diverged run."""
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss became {loss} before step {self.step}: lower optim.lr, add optim.warmup_epochs, or use "
-                "--set train.precision=fp32; the newest checkpoint is from before"
-            )
+    def _diverged(self) -> TrainingError:
+        return TrainingError(
+            f"the loss or its gradient is no longer finite at step {self.step}: lower optim.lr, add "
+            "optim.warmup_epochs, or use --set train.precision=fp32; the newest checkpoint is from before"
+        )
 
     def _histograms(self) -> None:
         """Margins and hard levels of all classes: each rank counts its own, one all-reduce adds them."""

@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 import evaluation.verification as pairs_of_faces
 from backbones import Backbone
-from configs.schema import RunConfig
+from configs.schema import ConfigError, RunConfig
+from data.errors import DataError
 from data.verification_bin import VerificationSet, read_bin
-from evaluation.pairs import embed_pairs
+from evaluation.pairs import PairEmbeddings, embed_pairs
 from evaluation.plots import save_png, verification_figure
 from training.distributed import Ranks
 from training.errors import TrainingError
@@ -31,9 +32,14 @@ class Verification:
     """The verification sets of a run; reads them at once, so that a missing one shows before training begins."""
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        """Raises DataError for a set that cannot be read or has fewer than ten pairs, or pairs of one kind only."""
+        """Raises DataError for a set that cannot be read, has fewer than ten pairs, or pairs of one kind only, and
+        ConfigError for two sets of the same name.
+        """
         folder = Path(config.data.path)
-        self._sets = [_Set(Path(name).stem, read_bin(folder / name)) for name in config.eval.sets]
+        self._sets = [_Set(Path(name).stem, _read(folder / name)) for name in config.eval.sets]
+        names = [name for name, _ in self._sets]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"eval.sets: expected files of different names, got {', '.join(config.eval.sets)}")
         self._batch_size, self._bf16 = config.eval.batch_size, config.train.precision == "bf16"
         self._ranks = ranks
         self._shown: dict[str, dict[str, pairs_of_faces.Verification]] = {}
@@ -50,10 +56,7 @@ class Verification:
             return
         share_statistics(backbone, self._ranks.group)
         for name, pairs in self._sets:
-            with torch.autocast(self._ranks.device.type, dtype=torch.bfloat16, enabled=self._bf16):
-                embedded = embed_pairs(
-                    backbone, pairs.images, pairs.same, batch_size=self._batch_size, group=self._ranks.group
-                )
+            embedded = self._embed(backbone, name, pairs)
             if not (_finite(embedded.first_PD) and _finite(embedded.second_PD)):
                 raise TrainingError(
                     f"embeddings of {name} are not finite after step {step}: the training has diverged; lower "
@@ -61,6 +64,14 @@ class Verification:
                 )
             if self._ranks.is_main:
                 self._tell(name, pairs_of_faces.verify(*embedded), step, log, output)
+
+    def _embed(self, backbone: Backbone, name: str, pairs: VerificationSet) -> PairEmbeddings:
+        group, size = self._ranks.group, self._batch_size
+        try:
+            with torch.autocast(self._ranks.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+                return embed_pairs(backbone, pairs.images, pairs.same, batch_size=size, group=group)
+        except DataError as error:  # the same on all ranks
+            raise DataError(f"{name}: {error}") from None
 
     def _tell(self, name: str, result: pairs_of_faces.Verification, step: int, log: RunLog, output: Path) -> None:
         values = result.values()
@@ -75,6 +86,17 @@ class Verification:
         log.figure(step, f"verification/{name}", figure)
         tars = ", ".join(f"{key} {100 * value:.1f}%" for key, value in values.items() if key.startswith("tar"))
         log.say(f"step {step}: {name} accuracy {100 * result.accuracy:.2f}% ± {100 * result.accuracy_std:.2f}%, {tars}")
+
+
+def _read(path: Path) -> VerificationSet:
+    pairs = read_bin(path)
+    alike = int(pairs.same.sum())
+    if len(pairs.same) < pairs_of_faces.FOLDS or not 0 < alike < len(pairs.same):
+        raise DataError(
+            f"{path}: expected at least {pairs_of_faces.FOLDS} pairs, of one person and of two, got {len(pairs.same)} "
+            f"pairs, {alike} of one person: make the set anew with more pairs"
+        )
+    return pairs
 
 
 def share_statistics(backbone: torch.nn.Module, group: dist.ProcessGroup) -> None:

@@ -18,7 +18,6 @@ def _ranks(group: dist.ProcessGroup) -> Ranks:
     return Ranks(
         rank=rank,
         world_size=dist.get_world_size(group),
-        local_rank=rank,
         device=torch.device("cpu"),
         group=group,
         store=dist.HashStore(),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,14 +17,18 @@ IDENTITIES, IMAGES = 24, 8
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def environment() -> dict[str, str]:
+    """Ours, without what a launcher of these tests may have set, and without GPUs: runs are the same anywhere."""
+    kept = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def call(*command: str, cwd: Path = ROOT, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run `python <command>` and capture what it prints."""
-    environment = {key: value for key, value in os.environ.items() if key not in {"RANK", "WORLD_SIZE", "LOCAL_RANK"}}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
-        env=environment,
+        env=environment(),
         text=True,
         capture_output=True,
         timeout=timeout,
@@ -45,10 +50,10 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(packed: Path, tmp_path: Path) -> Run:
-    """`train(ranks, *settings, data=…, name=…)`: a tiny run of train_dist.py; `name` picks the output folder."""
+def command(packed: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """`command(ranks, *settings, data=…, name=…)`: arguments of a tiny run of train_dist.py, written to `name`."""
 
-    def run(ranks: int, *settings: str, data: Path = packed, name: str = "run") -> subprocess.CompletedProcess[str]:
+    def build(ranks: int, *settings: str, data: Path = packed, name: str = "run") -> list[str]:
         tiny = [
             "model.backbone=small",
             "model.embedding_size=16",
@@ -75,6 +80,16 @@ def train(packed: Path, tmp_path: Path) -> Run:
         launcher = ["train_dist.py"]
         if ranks > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train_dist.py"]
-        return call(*launcher, *(part for setting in [*tiny, *settings] for part in ("--set", setting)))
+        return [*launcher, *(part for setting in [*tiny, *settings] for part in ("--set", setting))]
+
+    return build
+
+
+@pytest.fixture
+def train(command: Callable[..., list[str]]) -> Run:
+    """The same run, to its end."""
+
+    def run(*arguments: Any, **named: Any) -> subprocess.CompletedProcess[str]:
+        return call(*command(*arguments, **named))
 
     return run

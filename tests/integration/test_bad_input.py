@@ -12,6 +12,7 @@ import pytest
 
 from data.header import pack, unpack
 from data.recordio import RecordReader, RecordWriter
+from data.verification_bin import read_bin, write_bin
 from tests.integration.conftest import Run, call
 
 BAD_JPEGS = (5, 6, 50)
@@ -91,6 +92,29 @@ def test_unknown_backbone(train: Run) -> None:
 
 def test_missing_verification_set(train: Run) -> None:
     _one_line(train(1, "eval.sets=[lfw.bin]"), "lfw.bin")
+
+
+def test_verification_set_with_pairs_of_one_kind(train: Run, packed: Path, tmp_path: Path) -> None:
+    images = read_bin(packed / "verification.bin").images
+    for same in ([True] * 20, [True, False] * 4):
+        write_bin(tmp_path / "pairs.bin", images[: 2 * len(same)], same)
+        _one_line(train(1, f"eval.sets=[{tmp_path / 'pairs.bin'}]"), "pairs.bin: expected at least 10 pairs")
+
+
+def test_verification_sets_of_one_name(train: Run, packed: Path) -> None:
+    _one_line(train(1, f"eval.sets=[verification.bin,{packed / 'verification.bin'}]"), "eval.sets", "different names")
+
+
+def test_image_that_does_not_decode_in_a_verification_set(train: Run, packed: Path, tmp_path: Path) -> None:
+    images, same = read_bin(packed / "verification.bin")
+    write_bin(tmp_path / "pairs.bin", [*images[:6], images[6][:200], *images[7:]], same)
+    _one_line(train(2, f"eval.sets=[{tmp_path / 'pairs.bin'}]"), "pairs: image 6 of 80")
+
+
+def test_images_of_another_size(train: Run, packed: Path, tmp_path: Path) -> None:
+    data = _copy(packed, tmp_path / "data")
+    (data / "property").write_text("24,64,64\n")
+    _one_line(train(1, data=data), "expected images of 112x112", "64x64", "property")
 
 
 def test_unwritable_output(train: Run, tmp_path: Path) -> None:

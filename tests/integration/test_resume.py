@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.integration.conftest import Run
+from tests.integration.conftest import ROOT, Run, environment
 
 STEPS = 32  # 4 epochs x 8 steps
 
@@ -35,7 +41,7 @@ def _equal(a: Any, b: Any, where: str) -> None:
 
 
 # 11 and 19: in the middle of an epoch, 19 also in the middle of a refresh with published clusters in use.
-@pytest.mark.parametrize(("ranks", "stops"), [(1, (11,)), (2, (11, 19))])
+@pytest.mark.parametrize(("ranks", "stops"), [(1, (11,)), (2, (11, 19)), (4, (19,))])
 def test_stopped_and_resumed_equals_never_stopped(
     train: Run, tmp_path: Path, ranks: int, stops: tuple[int, ...]
 ) -> None:
@@ -52,6 +58,53 @@ def test_stopped_and_resumed_equals_never_stopped(
     assert len(first) == ranks
     _equal(first, second, "checkpoint")
     assert first[0]["service"]["version"] >= 2, "the run must have used clusters, or this test shows little"
+
+
+def test_killed_and_resumed_equals_never_stopped(train: Run, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    """SIGKILL to all ranks at some moment after step 10; the steps since the checkpoint are done again."""
+    whole = train(2, name="whole")
+    assert whole.returncode == 0, whole.stderr
+    setting = "train.checkpoint_steps=5"
+    with subprocess.Popen(
+        [sys.executable, *command(2, setting, name="parts")],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as run:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "parts" / "checkpoints" / "step_000000010").is_dir():
+            assert run.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for pid in _session(run.pid):
+            os.kill(pid, signal.SIGKILL)
+    assert not (tmp_path / "parts" / "backbone.pt").exists(), "killed before its end"
+    rest = train(2, setting, name="parts")
+    assert rest.returncode == 0, rest.stderr
+    assert "resumed at step" in rest.stderr
+    _equal(_final(tmp_path / "whole"), _final(tmp_path / "parts"), "checkpoint")
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of the session that `leader` began: the launcher, and its ranks, which have groups of their own."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(fields[3]) == leader:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_a_finished_run_is_left_as_it_is(train: Run, tmp_path: Path) -> None:
+    assert train(1, "train.stop_after_steps=3").returncode == 0
+    written = [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "run" / "checkpoints").rglob("*"))]
+    again = train(1, "train.stop_after_steps=3")
+    assert again.returncode == 0, again.stderr
+    assert [(path, path.stat().st_mtime_ns) for path, _ in written] == written
 
 
 def test_other_settings_do_not_continue_a_run(train: Run) -> None:

@@ -1,0 +1,38 @@
+"""What must hold before a run is built: a folder to write to, and records that the backbones can take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from backbones import IMAGE_SIZE
+from configs.schema import ConfigError
+from data.records import RecordSet
+
+
+def make_writable(output: Path, rank: int) -> None:
+    """Make the output folder. Raises ConfigError when this rank cannot write to it."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".writable_{rank}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"train.output: cannot write to {output} ({error.strerror}): choose another with --set train.output=…"
+        ) from None
+
+
+def open_records(path: str) -> RecordSet:
+    """Open the training set. Raises ConfigError or DataError when there is none, or none that can be trained on."""
+    if not path:
+        raise ConfigError("data.path: expected the folder that holds train.rec, got nothing: use --set data.path=…")
+    records = RecordSet.open(Path(path))
+    if records.image_size != IMAGE_SIZE:
+        expected, found = ("x".join(map(str, size)) for size in (IMAGE_SIZE, records.image_size))
+        raise ConfigError(
+            f"data.path: expected images of {expected} pixels, which the backbones take, got {found} by "
+            f"{records.folder / 'property'}: pack the images again, or correct property"
+        )
+    if records.num_classes < 2:
+        raise ConfigError(f"data.path: expected at least 2 identities, got {records.num_classes} in {path}")
+    return records
