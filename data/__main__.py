@@ -150,7 +150,7 @@ def _common(
     if held_out is not None:
         about = f"not trained on, for verification.bin; 0: none; default {held_out}"
         parser.add_argument("--verification-identities", type=_whole(0), default=held_out, help=about)
-    parser.add_argument("--pairs", type=_whole(2), default=pairs, help=f"pairs to verify, default {pairs}")
+    parser.add_argument("--pairs", type=_whole(10), default=pairs, help=f"pairs to verify, default {pairs}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=_whole(1), default=cores, help=f"processes, default {cores} here")
     parser.add_argument("--force", action="store_true", help="replace what is there")

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data.decode import check_image
 from data.errors import DataError
 from data.synthetic import DIFFICULTY_SPREAD, SyntheticFaces
 
@@ -73,7 +74,8 @@ class FolderSource:
     def find(cls, folder: Path) -> FolderSource:
         """List `folder/<identity>/<image>`, JPEG and PNG, sorted by name; names that begin with a dot are left out.
 
-        Raises DataError when there is no such image, a subfolder has none, or a name has a line break in it.
+        Raises DataError when there is no such image, a subfolder has none, a subfolder's name has a line break in
+        it, or a name is not UTF-8.
         """
         try:
             names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
@@ -83,6 +85,10 @@ class FolderSource:
         if not names:
             raise DataError(f"{folder}: expected a subfolder of images for each identity, found none")
         for name, images in zip(names, files, strict=True):
+            bad = next((part for part in (name, *images) if not _is_utf8(part)), None)
+            if bad is not None:
+                where = folder if bad is name else folder / name
+                raise DataError(f"{str(where)!r:.500}: expected names in UTF-8, found {bad!r:.500}: rename it")
             if not images or len(name.splitlines()) != 1:
                 raise DataError(f"{folder / name!s:.500}: no JPEG or PNG file in it, or a line break in its name")
         return cls(folder=folder, names=tuple(names), files=files)
@@ -112,6 +118,15 @@ class FolderSource:
             return DataError(f"{path}: {error}")
 
 
+def _is_utf8(name: str) -> bool:
+    """False for a name that Python could only read with surrogates: no text file can hold it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_image(name: str) -> bool:
     return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
 
@@ -119,12 +134,13 @@ def _is_image(name: str) -> bool:
 def encode_image(content: bytes) -> bytes:
     """Make a JPEG or PNG file a 112x112 image, as RESIZE_RULE says.
 
-    Raises ValueError when it does not decode.
+    Raises ValueError when it does not decode; what is packed untouched must decode as strictly as in training.
     """
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG", "PNG"]) as image:
             image.load()
             if image.size == (IMAGE_SIZE, IMAGE_SIZE) and image.mode in ("RGB", "L"):
+                check_image(content, (IMAGE_SIZE, IMAGE_SIZE))  # PIL passes over damage that training refuses
                 return content
             upright = ImageOps.exif_transpose(image).convert("RGB")
             fitted = ImageOps.fit(upright, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)

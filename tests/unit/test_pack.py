@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from data.__main__ import main
+from data.decode import decode_image
 from data.errors import DataError
 from data.header import EXACT, Header, unpack
 from data.index import read_index
@@ -25,6 +26,7 @@ from data.records import RecordSet
 from data.sources import encode_image
 from data.synthetic import SyntheticFaces, plan_samples
 from data.verification_bin import read_bin
+from tests.image_cases import damaged_images
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -70,10 +72,10 @@ def _picture(width: int = 112, height: int = 112, seed: int = 0) -> Image.Image:
 
 @pytest.fixture
 def people(tmp_path: Path) -> Path:
-    """Four identities, 3 images each, all 112x112 JPEG."""
+    """Four identities, 4 images each, all 112x112 JPEG."""
     for number, name in enumerate(["zoe", "ann", "bob é", "carl"]):
         (tmp_path / "people" / name).mkdir(parents=True)
-        for image in range(3):
+        for image in range(4):
             content = _encode(_picture(seed=10 * number + image), "JPEG", quality=80)
             (tmp_path / "people" / name / f"{image}.jpg").write_bytes(content)
     return tmp_path / "people"
@@ -144,20 +146,20 @@ def test_folder(tmp_path: Path, people: Path) -> None:
     assert main(["pack", "folder", str(people), "--out", str(out), "--workers", "2"]) == 0
     assert (out / "identities.txt").read_text(encoding="utf-8").splitlines() == ["ann", "bob é", "carl", "zoe"]
     records = RecordSet.open(out)
-    assert (records.num_samples, records.num_classes, records.layout) == (12, 4, "insightface")
+    assert (records.num_samples, records.num_classes, records.layout) == (16, 4, "insightface")
     expected = [path.read_bytes() for path in sorted(people.rglob("*.jpg"))]
-    assert [bytes(records.image(sample)[1]) for sample in range(12)] == expected, "byte for byte"
-    assert records.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [bytes(records.image(sample)[1]) for sample in range(16)] == expected, "byte for byte"
+    assert records.labels.tolist() == np.repeat(range(4), 4).tolist()
 
 
 def test_folder_with_identities_held_out(tmp_path: Path, people: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["pack", "folder", str(people), "--out", str(tmp_path / "set"), "--workers", "1", "--pairs", "4"]
+    command = ["pack", "folder", str(people), "--out", str(tmp_path / "set"), "--workers", "1", "--pairs", "10"]
     assert main([*command, "--verification-identities", "2"]) == 0
     names = (tmp_path / "set" / "identities.txt").read_text(encoding="utf-8").splitlines()
     assert len(names) == 2
     owner = {path.read_bytes(): path.parent.name for path in people.rglob("*.jpg")}
     records = RecordSet.open(tmp_path / "set")
-    assert [owner[bytes(records.image(n)[1])] for n in range(6)] == [names[0]] * 3 + [names[1]] * 3
+    assert [owner[bytes(records.image(n)[1])] for n in range(8)] == [names[0]] * 4 + [names[1]] * 4
     images, same = read_bin(tmp_path / "set" / "verification.bin")
     persons = [owner[image] for image in images]
     assert not set(persons) & set(names)
@@ -168,15 +170,15 @@ def test_folder_with_identities_held_out(tmp_path: Path, people: Path, capsys: p
 
 
 def test_bin_of_a_folder(tmp_path: Path, people: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["bin", str(people), "--out", str(tmp_path / "people.bin"), "--pairs", "6", "--workers", "1"]
+    command = ["bin", str(people), "--out", str(tmp_path / "people.bin"), "--pairs", "10", "--workers", "1"]
     assert main(command) == 0
     images, same = read_bin(tmp_path / "people.bin")
-    assert (len(images), same.sum()) == (12, 3)
+    assert (len(images), same.sum()) == (20, 5)
     capsys.readouterr()
     assert main(command) == 2
     assert "--force" in _error(capsys)
     assert main([*command, "--force", "--pairs", "1000"]) == 2
-    assert "expected 500 different pairs of one person, found 12" in _error(capsys)
+    assert "expected 500 different pairs of one person, found 24" in _error(capsys)
     assert read_bin(tmp_path / "people.bin").images == images
 
 
@@ -227,7 +229,40 @@ def test_images_that_do_not_decode(tmp_path: Path, people: Path, capsys: pytest.
     printed = capsys.readouterr()
     assert "left out: " in printed.err
     assert "1 left out" in printed.out
-    assert RecordSet.open(out).labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert RecordSet.open(out).labels.tolist() == np.repeat(range(4), [4, 3, 4, 4]).tolist()
+
+
+@pytest.mark.parametrize("name", ["half, then an end", "ends within the data", "garbage within the data"])
+def test_what_training_refuses_is_not_packed(
+    tmp_path: Path, people: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """PIL opens these; the strict decoder of the training does not."""
+    content, reason = damaged_images()[name]
+    (people / "ann" / "2.jpg").write_bytes(content)
+    command = ["pack", "folder", str(people), "--out", str(tmp_path / "set"), "--workers", "1"]
+    assert main(command) == 2
+    error = _error(capsys)
+    assert "ann/2.jpg: expected a JPEG or PNG image" in error
+    assert reason in error
+    assert main([*command, "--skip-bad"]) == 0
+    assert "1 left out" in capsys.readouterr().out
+    records = RecordSet.open(tmp_path / "set")
+    for sample in range(records.num_samples):
+        decode_image(records.image(sample)[1], records.image_size)
+    assert records.num_samples == 15
+
+
+@pytest.mark.parametrize("name", [b"\xff/0.jpg", b"ann/\xff.jpg"])
+def test_names_that_are_not_utf8(tmp_path: Path, people: Path, capsys: pytest.CaptureFixture[str], name: bytes) -> None:
+    path = people / os.fsdecode(name)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes((people / "ann" / "0.jpg").read_bytes())
+    except OSError:
+        pytest.skip("this file system has no such names")
+    for command in (["pack", "folder", str(people), "--out"], ["bin", str(people), "--pairs", "10", "--out"]):
+        assert main([*command, str(tmp_path / "out"), "--workers", "1", "--force"]) == 2
+        assert "expected names in UTF-8, found '\\udcff" in _error(capsys)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +301,9 @@ def test_errors_are_one_line(
         ["pack", "synthetic", "--out", "x", "--label-noise", "1.5"],
         ["pack", "synthetic", "--out", "x", "--long-tail", "many"],
         ["pack", "synthetic", "--out", "x", "--workers", "0"],
+        ["pack", "synthetic", "--out", "x", "--identities", "2", "--pairs", "9"],
+        ["pack", "folder", "none", "--out", "x", "--pairs", "9"],
+        ["bin", "none", "--out", "x", "--pairs", "9"],
         ["index"],
         ["unpack"],
     ],
