@@ -10,9 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 
 class Shard(NamedTuple):
     """Half-open range [start, stop) of the global items that one rank owns."""
@@ -40,15 +37,3 @@ def shard_of(rank: int, world_size: int, total: int) -> Shard:
 def all_shards(world_size: int, total: int) -> list[Shard]:
     """Ranges of all ranks, in rank order."""
     return [shard_of(rank, world_size, total) for rank in range(world_size)]
-
-
-def owner_of(items: Tensor, world_size: int, total: int) -> Tensor:
-    """Rank that owns each item; the inverse of `shard_of`.
-
-    items: int64, any shape, values in [0, total); other values give -1.
-    Returns int64 of the same shape. No host synchronisation.
-    """
-    base, extra = divmod(total, world_size)
-    cut = extra * (base + 1)  # items below `cut` lie in the longer shards
-    owner = torch.where(items < cut, items // (base + 1), extra + (items - cut) // max(base, 1))
-    return torch.where((items >= 0) & (items < total), owner, torch.full_like(items, -1))

@@ -36,14 +36,6 @@ class GatheredBatch:
     """int64 sample id of each row."""
     group: dist.ProcessGroup
 
-    @property
-    def rank(self) -> int:
-        return dist.get_rank(self.group)
-
-    @property
-    def world_size(self) -> int:
-        return dist.get_world_size(self.group)
-
 
 class _PackedGather(torch.autograd.Function):
     @staticmethod
