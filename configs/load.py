@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
+import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,21 +16,28 @@ import yaml
 
 from configs.schema import ConfigError, RunConfig
 
+_PATHS = ("data.path", "train.output", "eval.sets")
+"""Settings in which a leading ~ is the home folder."""
+
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and apply overrides on top of it; later overrides win.
 
-    path: a YAML file of sections, or None for the defaults. overrides: "section.field=value", value in YAML.
-    Raises ConfigError, one line, when the file is missing or not YAML, a key is unknown (the nearest known one
+    path: a YAML file of sections, or None for the defaults. overrides: "section.field=value", value in YAML,
+    for a text setting whatever stands there (a date, a number). A ~ that begins a path becomes the home folder.
+    Raises ConfigError, one line, when the file is missing or not YAML in UTF-8, a key is unknown (the nearest known one
     is named), or a value has the wrong type or range.
     """
+    sections = {f.name: typing.cast(type, f.default_factory) for f in dataclasses.fields(RunConfig)}
     tree: dict[str, Any] = {}
     if path is not None:
         try:
             loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"--config {path}: cannot read it ({error.strerror})") from None
-        except yaml.YAMLError as error:
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
             raise ConfigError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"--config {path}: expected sections such as `train:`, got {type(loaded).__name__}")
@@ -41,10 +51,14 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"{section}: expected a section with fields, got {values!r}")
         try:
-            tree[section] = {**values, key: yaml.safe_load(text)}
+            value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
-    sections = {f.name: typing.cast(type, f.default_factory) for f in dataclasses.fields(RunConfig)}
+        except ValueError:  # a date that no calendar has
+            value = text.strip()
+        if value is not None and section in sections and typing.get_type_hints(sections[section]).get(key) is str:
+            value = value if isinstance(value, str) else text.strip()
+        tree[section] = {**values, key: value}
     _refuse_unknown(tree, sections, "")
     return RunConfig(**{name: _section(sections[name], name, values) for name, values in tree.items()})
 
@@ -76,16 +90,19 @@ def _value(hint: Any, name: str, value: Any) -> Any:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
             raise ConfigError(f"{name}: expected a list of names, got {value!r}")
-        return tuple(items)
+        return tuple(_path(name, item) for item in items)
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 takes 1e-3 for a string
-        except ValueError:
-            pass
-    if type(value) is not hint:
-        expected = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[hint]
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)  # YAML 1.1 takes 1e-3 for a string
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        text = "text, in quotes where YAML takes it for something else"
+        expected = {bool: "true or false", int: "a whole number", float: "a finite number", str: text}[hint]
         raise ConfigError(f"{name}: expected {expected}, got {value!r}")
-    return value
+    return _path(name, value) if hint is str else value
+
+
+def _path(name: str, text: str) -> str:
+    return os.path.expanduser(text) if name in _PATHS else text
 
 
 def to_dict(config: RunConfig) -> dict[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ class DataConfig:
     flip: bool = True
     """Mirror half of the images."""
     max_bad_images: int = 100
-    """Images that do not decode are skipped and counted; all ranks stop together above this many."""
+    """Images that do not decode are skipped and counted; all ranks stop together above this many in an epoch."""
 
     def __post_init__(self) -> None:
         _require(self.backend in ("auto", "dali", "cpu"), "data.backend", self.backend, "auto, dali or cpu")
@@ -67,18 +67,21 @@ class HeadConfig:
     margin: float = 0.5
     """m0, the margin of every class until clusters guide it; their sample-weighted mean stays m0."""
     scale: float = 64.0
-    """s, the logits' scale; 30 suits fewer than some thousand classes."""
+    """s, the logits' scale; 30 suits fewer than some thousand classes.
+    Up to 128, and 10^9 classes, exp() of every class within 100 degrees lies in float32's range (docs/numerics.md)."""
     sample_rate: float = 1.0
     """Share of a rank's class centres that takes part in a step; positives always do."""
-    chunk_classes: int = 0
-    """Class centres handled at a time; 0 chooses by batch size."""
 
     def __post_init__(self) -> None:
         _require(self.loss in ("arcface", "cosface"), "head.loss", self.loss, "arcface or cosface")
         _require(0 <= self.margin < 1.5, "head.margin", self.margin, "0 <= margin < 1.5")
-        _require(0 < self.scale <= 512, "head.scale", self.scale, "0 < scale <= 512")
+        _require(
+            0 < self.scale <= 128,
+            "head.scale",
+            self.scale,
+            "0 < scale <= 128 (exp() of ordinary cosines must fit float32)",
+        )
         _require(0 < self.sample_rate <= 1, "head.sample_rate", self.sample_rate, "0 < sample_rate <= 1")
-        _require(self.chunk_classes >= 0, "head.chunk_classes", self.chunk_classes, "0 (automatic) or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,7 +242,8 @@ class TrainConfig:
             self.batch_size,
             "at least 2 (BatchNorm has no statistics of a single image)",
         )
-        for name in ("seed", "cpu_threads", "checkpoint_steps", "stop_after_steps"):
+        _require(0 <= self.seed < 2**63, "train.seed", self.seed, "0 to 2^63 - 1")
+        for name in ("cpu_threads", "checkpoint_steps", "stop_after_steps"):
             value = getattr(self, name)
             _require(value >= 0, "train." + name, value, "0 or more")
 

@@ -58,7 +58,6 @@ class PartialFCHead(nn.Module):
             scale=config.scale,
             num_classes=num_classes,
             margin=MARGINS[config.loss],
-            chunk=config.chunk_classes,
             product_dtype=product_dtype,
         )
 

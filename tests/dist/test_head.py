@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.schema import HeadConfig
+from configs.schema import ConfigError, HeadConfig
 from partial_fc.collectives import gather_batch
 from partial_fc.head import PartialFCHead, initial_centres
 from partial_fc.reference import dense_margin_softmax
@@ -49,8 +51,9 @@ def _dense(case: Case) -> tuple[float, Tensor, Tensor]:
 def _sharded(group: dist.ProcessGroup, case: Case, need_x: bool, need_w: bool) -> tuple[float, Any, Any]:
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     x_ND, w_CD, labels_N, margins_C = _problem(case)
-    config = HeadConfig(loss=case["loss"], scale=case["scale"], chunk_classes=case.get("chunk", 0))
+    config = HeadConfig(loss=case["loss"], scale=case["scale"])
     head = PartialFCHead(num_classes=case["classes"], embedding_size=case["dim"], config=config, group=group, seed=1)
+    head.settings = dataclasses.replace(head.settings, chunk=case.get("chunk", 0))
     head.weight.data.copy_(w_CD[head.shard.start : head.shard.stop])
     head.weight.requires_grad_(need_w)
     mine = slice(rank * len(x_ND) // world_size, (rank + 1) * len(x_ND) // world_size)
@@ -134,6 +137,17 @@ def test_no_sum_leaves_float32() -> None:
     assert shift_for(64.0, 10**9) == 0
 
 
+def test_at_the_largest_scale_classes_within_100_degrees_stay_in_float32() -> None:
+    scale = 128.0
+    with pytest.raises(ConfigError, match=r"head\.scale"):
+        HeadConfig(scale=math.nextafter(scale, math.inf))
+    for classes in (2, 10**5, 10**9):
+        term = torch.tensor(
+            HeadConfig(scale=scale).scale * math.cos(math.radians(100)) - shift_for(scale, classes)
+        ).exp()
+        assert term >= torch.finfo(torch.float32).tiny
+
+
 def test_initial_centres_do_not_depend_on_the_ranks() -> None:
     whole = initial_centres(0, 9001, 3, seed=5)
     for world_size in (2, 3, 7):
@@ -145,8 +159,9 @@ def test_initial_centres_do_not_depend_on_the_ranks() -> None:
 def _sampled(group: dist.ProcessGroup, sample_rate: float) -> tuple[float, Tensor, Tensor, Tensor, int]:
     case: Case = {"rows": 8, "classes": 203, "dim": 16, "scale": 64.0}
     x_ND, w_CD, labels_N, _ = _problem(case)
-    config = HeadConfig(sample_rate=sample_rate, chunk_classes=10)
+    config = HeadConfig(sample_rate=sample_rate)
     head = PartialFCHead(num_classes=203, embedding_size=16, config=config, group=group, seed=1)
+    head.settings = dataclasses.replace(head.settings, chunk=10)
     head.weight.data.copy_(w_CD[head.shard.start : head.shard.stop])
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
     mine = slice(rank * 8 // world_size, (rank + 1) * 8 // world_size)

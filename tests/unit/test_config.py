@@ -48,6 +48,28 @@ def test_overrides_win_and_take_yaml_values() -> None:
     assert config.eval.sets == ("a.bin", "b.bin")
 
 
+@pytest.mark.parametrize("text", ["2024-11-24", "2024-13-45", "123", "1_000", "0x1F", "1:30", "on", "1.50", "a: b"])
+def test_overrides_of_text_are_taken_as_written(text: str) -> None:
+    config = load_config(None, [f"train.output={text}", f"data.path = {text} ", f"model.backbone='{text}'"])
+    assert (config.train.output, config.data.path, config.model.backbone) == (text, text, text)
+
+
+def test_the_largest_seed() -> None:
+    assert load_config(None, [f"train.seed={2**63 - 1}"]).train.seed == 2**63 - 1
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    path = tmp_path / "x.yaml"
+    path.write_text("data: {path: ~/faces}\ntrain: {output: ~/runs/~a}\neval: {sets: [~/lfw.bin, b~.bin]}\n")
+    config = load_config(path, ["model.backbone=~/net"])
+    assert (config.data.path, config.train.output) == ("/home/ann/faces", "/home/ann/runs/~a")
+    assert config.eval.sets == ("/home/ann/lfw.bin", "b~.bin")
+    assert config.model.backbone == "~/net"
+    overrides = ["data.path=~/faces", "train.output=~/runs/~a", "eval.sets=[~/lfw.bin, b~.bin]", "model.backbone=~/net"]
+    assert load_config(None, overrides) == config
+
+
 def test_a_single_name_is_a_list_of_one() -> None:
     assert load_config(None, ["eval.sets=lfw.bin"]).eval.sets == ("lfw.bin",)
 
@@ -64,14 +86,24 @@ def test_a_single_name_is_a_list_of_one() -> None:
         ("train.epochs=2.5", "train.epochs: expected a whole number, got 2.5"),
         ("train.epochs=true", "train.epochs: expected a whole number, got True"),
         ("train.epochs=0", "train.epochs: expected at least 1, got 0"),
+        ("train.epochs=2024-13-45", "train.epochs: expected a whole number, got '2024-13-45'"),
+        ("train.seed=-1", "train.seed: expected 0 to 2^63 - 1, got -1"),
+        ("train.seed=9223372036854775808", "train.seed: expected 0 to 2^63 - 1, got 9223372036854775808"),
         ("train.resume=1", "train.resume: expected true or false, got 1"),
         ("train.batch_size=1", "train.batch_size: expected at least 2"),
-        ("optim.lr=fast", "optim.lr: expected a number, got 'fast'"),
+        ("optim.lr=fast", "optim.lr: expected a finite number, got 'fast'"),
         ("optim.lr=-1", "optim.lr: expected more than 0, got -1.0"),
-        ("optim.lr=nan", "optim.lr: expected more than 0, got nan"),
+        ("optim.lr=nan", "optim.lr: expected a finite number, got nan"),
+        ("optim.lr=.inf", "optim.lr: expected a finite number, got inf"),
+        ("optim.clip_norm=-.inf", "optim.clip_norm: expected a finite number, got -inf"),
+        ("optim.weight_decay=.nan", "optim.weight_decay: expected a finite number, got nan"),
+        ("clustering.shrinkage=1e999", "clustering.shrinkage: expected a finite number, got inf"),
+        ("eval.every_epochs=1" + 400 * "0", "eval.every_epochs: expected a finite number, got 1000"),
         ("optim.name=lion", "optim.name: expected sgd or adamw, got 'lion'"),
         ("head.loss=softmax", "head.loss: expected arcface or cosface, got 'softmax'"),
         ("head.sample_rate=0", "head.sample_rate: expected 0 < sample_rate <= 1, got 0.0"),
+        ("head.scale=128.5", "head.scale: expected 0 < scale <= 128"),
+        ("head.chunk_classes=10", "head.chunk_classes: unknown setting"),
         ("head.margin=0.9", "head.margin: expected within clustering.margin_low"),
         ("clustering.direction=2", "clustering.direction: expected -1, 0 or 1, got 2"),
         ("clustering.temperature=0.001", "clustering.temperature: expected more than 0.02"),
@@ -79,6 +111,7 @@ def test_a_single_name_is_a_list_of_one() -> None:
         ("data.backend=mxnet", "data.backend: expected auto, dali or cpu, got 'mxnet'"),
         ("eval.sets=[1]", "eval.sets: expected a list of names, got [1]"),
         ("data.path={a", "not valid YAML"),
+        ("model.backbone=null", "model.backbone: expected text, in quotes where"),
     ],
 )
 def test_every_mistake_is_named_in_one_line(override: str, message: str) -> None:
@@ -94,11 +127,19 @@ def test_every_mistake_is_named_in_one_line(override: str, message: str) -> None
         ("- a\n- b\n", "expected sections"),
         ("train: 5\n", "train: expected a section with fields, got 5"),
         ("train: {epochs: [\n", "not valid YAML"),
+        ("train: {output: 2024-13-45}\n", "not valid YAML: month must be in 1..12"),
+        (
+            "train: {output: 2024-11-24}\n",
+            "train.output: expected text, in quotes where YAML takes it for something else",
+        ),
+        ("data: {path: 123}\n", "data.path: expected text, in quotes where YAML takes it for something else, got 123"),
+        ("optim: {lr: .inf}\n", "optim.lr: expected a finite number, got inf"),
+        ("data: {path: zo\xeb}\n", "x.yaml: not UTF-8 text (invalid continuation byte at byte 15)"),
     ],
 )
 def test_broken_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "x.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError) as error:
         load_config(path)
     assert message in str(error.value)
