@@ -140,7 +140,9 @@ class _StreamingSoftmax(torch.autograd.Function):
         all_reduce_(sums_2N, group)
         odds_N = other_N.log() + tiles.shift - logit_N  # log of (other classes : target)
         miss_N = odds_N.sigmoid()  # probability that is not the target's
-        over_sum_N = torch.where(other_N > 0, settings.scale * miss_N / other_N, zero_N)
+        # Below the floor the quotient would leave float32 and turn 0 x inf into nan; the gradient there is too small.
+        floor = 2 * settings.scale / torch.finfo(x_ND.dtype).max
+        over_sum_N = torch.where(other_N > 0, settings.scale * miss_N / other_N.clamp_min(floor), zero_N)
         ctx.settings = settings
         # By row: d loss / d x = over_sum * U - miss * slope * w_y, kept whole for backward.
         dx_ND = None

@@ -137,6 +137,29 @@ def test_no_sum_leaves_float32() -> None:
     assert shift_for(64.0, 10**9) == 0
 
 
+def _far_from_all(group: dist.ProcessGroup, scale: float, cosine: float) -> list[Tensor]:
+    """Three centres at the same cosine to the embedding: loss, gradients."""
+    w_CD = F.normalize(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])) * (1 - cosine**2) ** 0.5
+    w_CD = torch.cat([torch.full((3, 1), cosine), w_CD], dim=1)
+    x_BD = torch.tensor([[1.0, 0, 0, 0]], requires_grad=True)
+    config = HeadConfig(scale=scale, margin=0.3)
+    head = PartialFCHead(num_classes=3, embedding_size=4, config=config, group=group, seed=1)
+    head.weight.data.copy_(w_CD)
+    loss = head(gather_batch(x_BD, torch.tensor([1]), torch.tensor([0]), group), step=0)
+    loss.backward()
+    assert x_BD.grad is not None
+    assert head.weight.grad is not None
+    return [loss.detach(), x_BD.grad, head.weight.grad]
+
+
+@pytest.mark.parametrize("cosine", [-0.2, -0.35, -0.36, -0.45, -0.9, -1.0])
+def test_an_embedding_far_from_all_classes_leaves_no_nan(ranks: RankPool, cosine: float) -> None:
+    """There exp() runs out of float32 at the lower end: gradients may vanish, but never turn into nan."""
+    for scale in (64.0, 96.0, 128.0):
+        for value in ranks.run(1, _far_from_all, scale, cosine)[0]:
+            assert torch.isfinite(value).all()
+
+
 def test_at_the_largest_scale_classes_within_100_degrees_stay_in_float32() -> None:
     scale = 128.0
     with pytest.raises(ConfigError, match=r"head\.scale"):
