@@ -41,6 +41,9 @@ class Size(NamedTuple):
     """Passed on to `train_dist.py --set`."""
 
 
+SMALL = Size(24, 8, 12, 400, ("train.epochs=8", "train.batch_size=12", "train.log_steps=4", "optim.warmup_epochs=0"))
+
+
 class DemoError(RuntimeError):
     """A step of the demo failed; it has said why itself."""
 
@@ -50,7 +53,7 @@ def run(folder: Path, size: Size, console: Console) -> None:
     data, trained = folder / "data", folder / "run"
     started = time.perf_counter()
     console.rule(f"1/3  drawing and packing {size.identities} identities into {data}")
-    _pack(data, size)
+    pack(data, size)
     console.rule(f"2/3  training on {_RANKS} ranks: torchrun train_dist.py --config configs/demo.yaml")
     _train(data, trained, size)
     console.rule("3/3  what came of it")
@@ -77,7 +80,7 @@ def _call(*command: str) -> None:
         raise DemoError(f"`{shlex.join(command)}` failed, see above")
 
 
-def _pack(folder: Path, size: Size) -> None:
+def pack(folder: Path, size: Size) -> None:
     """Pack, unless the same command has done so before, and draws the same today."""
     command = [
         *("data", "pack", "synthetic", "--out", str(folder), "--force", "--seed", "0"),
@@ -91,7 +94,8 @@ def _pack(folder: Path, size: Size) -> None:
     if receipt.is_file() and receipt.read_text(encoding="utf-8") == text:
         print("already there, packed by the same command")
         return
-    receipt.unlink(missing_ok=True)
+    if receipt.is_file():
+        receipt.unlink()
     _call(*command)
     receipt.write_text(text, encoding="utf-8")
 
@@ -169,11 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default runs/demo")
     parser.add_argument("--small", action="store_true", help="a few seconds of it, to see that everything works")
     args = parser.parse_args(arguments)
-    small = Size(
-        24, 8, 12, 400, ("train.epochs=8", "train.batch_size=12", "train.log_steps=4", "optim.warmup_epochs=0")
-    )
     try:
-        run(args.out, small if args.small else Size(), Console())
+        run(args.out, SMALL if args.small else Size(), Console())
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

