@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from configs.load import load_config
 from training.distributed import Ranks, open_ranks
 from training.errors import USER_ERRORS
 from training.trainer import Trainer
+
+_GRACE = 10.0
+"""Seconds that the other ranks of a host leave to local rank 0 to say what all of them meet."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -43,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with open_ranks(config.train) as ranks:
             Trainer(config, ranks).run()
     except USER_ERRORS as error:
-        # One line, though every rank meets the same error.
-        speaks = os.environ.get("LOCAL_RANK", "0") == "0" if ranks is None else ranks.first_to_say(str(error))
-        if speaks:
+        if ranks is None and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(_GRACE)  # local rank 0 meets the same error and says it; torchrun then ends all ranks
+        if ranks is None or ranks.first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
