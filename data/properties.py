@@ -25,6 +25,10 @@ class Properties:
         return "".join(f"{line}\n" for line in (*lines, *([_PAIR_LINE] if self.pair else [])))
 
 
+_DIGITS = 18
+"""Of a number below 2^63."""
+
+
 def read_properties(path: Path) -> Properties:
     """Read and check; lines that are neither ours nor the first are left to those who wrote them. Raises DataError."""
     expected = "expected a first line `classes,height,width` such as `93431,112,112`"
@@ -35,7 +39,8 @@ def read_properties(path: Path) -> Properties:
     except OSError as error:
         raise DataError(f"{path}: cannot read it ({error.strerror}): {expected}") from None
     first = lines[0] if lines else ""
-    numbers = [int(part) for part in first.split(",") if part.strip().isascii() and part.strip().isdigit()]
+    parts = [part.strip(" \t\r") for part in first.split(",")]  # not strip(): it drops more than int() overlooks
+    numbers = [int(part) for part in parts if part.isascii() and part.isdigit() and len(part) <= _DIGITS]
     if len(numbers) != 3 or first.count(",") != 2 or min(numbers) < 1:
         raise DataError(f"{path}: {expected}, found {first!r:.80}: correct it")
     pair = _PAIR_LINE in lines[1:]

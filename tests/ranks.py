@@ -8,6 +8,7 @@ in the test with that rank's traceback; a hang is ended after `timeout` seconds 
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing as mp
 import multiprocessing.connection
 import tempfile
@@ -17,15 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from training.distributed import Ranks
+
 WORLD_SIZES = (1, 2, 4)
 
 
 def _work(rank: int, rendezvous: str, pipe: multiprocessing.connection.Connection) -> None:
-    import datetime
-
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -93,3 +94,14 @@ class RankPool:
             if worker.is_alive():
                 worker.kill()
         self._pipes, self._workers = [], []
+
+
+def ranks_of(group: dist.ProcessGroup) -> Ranks:
+    """What training knows of a rank, for a group of this pool, on the CPU."""
+    return Ranks(
+        rank=dist.get_rank(group),
+        world_size=dist.get_world_size(group),
+        device=torch.device("cpu"),
+        group=group,
+        store=dist.HashStore(),
+    )

@@ -8,24 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankPool
+from tests.ranks import RankPool, ranks_of
 from training.checkpoint import CheckpointError, CheckpointFolder, check_same_checkpoint, refuse_another_run
-from training.distributed import Ranks
-
-
-def _ranks(group: dist.ProcessGroup) -> Ranks:
-    rank = dist.get_rank(group)
-    return Ranks(
-        rank=rank,
-        world_size=dist.get_world_size(group),
-        device=torch.device("cpu"),
-        group=group,
-        store=dist.HashStore(),
-    )
 
 
 def _save_three(group: dist.ProcessGroup, output: Path) -> list[float]:
-    folder = CheckpointFolder(output, _ranks(group), keep=2)
+    folder = CheckpointFolder(output, ranks_of(group), keep=2)
     rank = dist.get_rank(group)
     for step in (5, 10, 15):
         folder.save(step, {"value": torch.tensor([rank + step / 100]), "nested": {"list": [1, 2.5, "x", None]}})
@@ -38,7 +26,7 @@ def _save_three(group: dist.ProcessGroup, output: Path) -> list[float]:
 
 
 def _save_steps(group: dist.ProcessGroup, output: Path, steps: list[int]) -> str:
-    folder = CheckpointFolder(output, _ranks(group), keep=2)
+    folder = CheckpointFolder(output, ranks_of(group), keep=2)
     for step in steps:
         folder.save(step, {"from": steps[0]})
     path = folder.latest()
@@ -54,7 +42,7 @@ def test_a_run_that_was_started_over_keeps_its_own_checkpoints(ranks: RankPool, 
 
 
 def _latest_and_load(group: dist.ProcessGroup, output: Path) -> str:
-    folder = CheckpointFolder(output, _ranks(group), keep=2)
+    folder = CheckpointFolder(output, ranks_of(group), keep=2)
     try:
         path = folder.latest()
         if path is None:
@@ -111,7 +99,7 @@ def test_latest_that_names_no_checkpoint_is_an_error(ranks: RankPool, tmp_path: 
 def _agree(group: dist.ProcessGroup, steps: list[int | None]) -> str:
     step = steps[dist.get_rank(group)]
     try:
-        check_same_checkpoint(None if step is None else Path(f"x/step_{step:09d}"), _ranks(group))
+        check_same_checkpoint(None if step is None else Path(f"x/step_{step:09d}"), ranks_of(group))
     except CheckpointError as error:
         return str(error)
     return "agreed"

@@ -17,8 +17,8 @@ from configs.schema import ClusteringConfig, HeadConfig, OptimConfig, RunConfig,
 from data.batch import Batch
 from partial_fc.head import PartialFCHead, initial_centres
 from partial_fc.reference import dense_margin_softmax
-from tests.ranks import WORLD_SIZES, RankPool
-from training.distributed import Ranks, data_parallel
+from tests.ranks import WORLD_SIZES, RankPool, ranks_of
+from training.distributed import data_parallel
 from training.optim import build_optimizers
 from training.step import TrainStep
 
@@ -43,11 +43,6 @@ class Toy(Backbone):
         return self.linear(features_BCHW.flatten(1))
 
 
-def _ranks(group: dist.ProcessGroup) -> Ranks:
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    return Ranks(rank=rank, world_size=world_size, device=CPU, group=group, store=dist.HashStore())
-
-
 def _images(samples: list[int]) -> Tensor:
     """A pattern for each class, with noise: uint8 (B, 3, 112, 112), channels last as loaders give them."""
     rows = []
@@ -70,7 +65,7 @@ def _batches(rank: int, world_size: int, accumulation: int, step: int) -> list[B
 
 
 def _train(group: dist.ProcessGroup, accumulation: int, clusters: bool, steps: int) -> dict[str, Any]:
-    ranks = _ranks(group)
+    ranks = ranks_of(group)
     config = RunConfig(
         head=HeadConfig(scale=16.0, margin=0.3),
         clustering=ClusteringConfig(
@@ -159,7 +154,7 @@ def test_the_gradient_is_that_of_the_global_mean(ranks: RankPool, world_size: in
 
 def _same_step_twice(group: dist.ProcessGroup) -> list[bool]:
     """The first and the second backward of DDP, on the same batch: its gradients, bit by bit."""
-    ranks = _ranks(group)
+    ranks = ranks_of(group)
     torch.manual_seed(7)
     backbone = data_parallel(build_backbone("small", embedding_size=32), ranks)
     images = torch.randn(3, 3, 112, 112, generator=torch.Generator().manual_seed(ranks.rank))

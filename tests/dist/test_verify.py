@@ -14,27 +14,15 @@ from backbones import build_backbone
 from configs.schema import DataConfig, EvalConfig, RunConfig, TrainConfig
 from data.verification_bin import write_bin
 from tests.image_cases import jpeg
-from tests.ranks import RankPool
-from training.distributed import Ranks
+from tests.ranks import RankPool, ranks_of
 from training.errors import TrainingError
 from training.metrics import RunLog
 from training.verify import Verification, share_statistics
 
 
-def _ranks(group: dist.ProcessGroup) -> Ranks:
-    rank = dist.get_rank(group)
-    return Ranks(
-        rank=rank,
-        world_size=dist.get_world_size(group),
-        device=torch.device("cpu"),
-        group=group,
-        store=dist.HashStore(),
-    )
-
-
 def _evaluate(group: dist.ProcessGroup, folder: Path, poison: bool) -> str:
     """Ranks with different BatchNorm statistics, as between two training steps; rank 0's are the ones that count."""
-    ranks = _ranks(group)
+    ranks = ranks_of(group)
     config = RunConfig(
         data=DataConfig(path=str(folder)),
         train=TrainConfig(precision="fp32"),

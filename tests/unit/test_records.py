@@ -129,12 +129,24 @@ def test_missing_files(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "4", "4,112", "four,112,112", "4,112,112,3", "0,112,112", "4;112;112", "4,-112,112"]
+    "text",
+    [
+        "",
+        "4",
+        "4,112",
+        "four,112,112",
+        "4,112,112,3",
+        "0,112,112",
+        "4;112;112",
+        "4,-112,112",
+        "4,\x1f112,112",
+        "9" * 5000 + ",112,112",
+    ],
 )
 def test_property_that_says_something_else(tmp_path: Path, text: str) -> None:
     folder = write_set(tmp_path, insightface_records(COUNTS), classes=4)
     (folder / "property").write_text(text)
-    _fails(folder, "property: expected a first line `classes,height,width`", repr(text))
+    _fails(folder, "property: expected a first line `classes,height,width`", repr(text)[:80])
 
 
 @pytest.mark.parametrize("classes", [3, 5])
