@@ -70,7 +70,7 @@ class HeadConfig:
     """s, the logits' scale; 30 suits fewer than some thousand classes.
     Up to 128, and 10^9 classes, exp() of every class within 100 degrees lies in float32's range (docs/numerics.md)."""
     sample_rate: float = 1.0
-    """Share of a rank's class centres that takes part in a step; positives always do."""
+    """Share of the class centres that is drawn for a step; the classes of the batch always take part."""
 
     def __post_init__(self) -> None:
         _require(self.loss in ("arcface", "cosface"), "head.loss", self.loss, "arcface or cosface")

@@ -78,7 +78,8 @@ class PartialFCHead(nn.Module):
 
         class_margins_C: float32 (C_local,), a margin for each class of this shard. row_margins_N: float32 (N,),
         a margin for each row instead, read on the rank that owns the row's class. Neither: `config.margin`.
-        step: seeds the sampling. Collectives: one all-reduce of 2N floats in forward, none in backward.
+        step: seeds the sampling, which draws the same classes for any number of ranks. Collectives: one all-reduce
+        of 2N floats in forward, none in backward.
         """
         target_N = self.local_rows(batch.labels_N)
         if row_margins_N is None:
@@ -96,12 +97,7 @@ class PartialFCHead(nn.Module):
         rows_S: Tensor | None = None
         if self.config.sample_rate < 1 and self.shard.size:
             rows_S = sample_rows(
-                target_N[target_N >= 0],
-                self.shard.size,
-                self.config.sample_rate,
-                seed=self.seed,
-                step=step,
-                rank=dist.get_rank(self.group),
+                target_N, self.shard, self.num_classes, self.config.sample_rate, seed=self.seed, step=step
             )
             target_N = torch.where(target_N >= 0, torch.searchsorted(rows_S, target_N), target_N)
         loss_N = streaming_margin_softmax(

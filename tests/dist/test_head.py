@@ -16,8 +16,9 @@ from configs.schema import ConfigError, HeadConfig
 from partial_fc.collectives import gather_batch
 from partial_fc.head import PartialFCHead, initial_centres
 from partial_fc.reference import dense_margin_softmax
+from partial_fc.sampling import drawn_classes
 from partial_fc.softmax import shift_for
-from sharding import shard_of
+from sharding import Shard, shard_of
 from tests.ranks import WORLD_SIZES, RankPool
 
 Case = dict[str, Any]
@@ -179,7 +180,7 @@ def test_initial_centres_do_not_depend_on_the_ranks() -> None:
     assert not torch.equal(initial_centres(0, 4, 3, seed=6), whole[:4])
 
 
-def _sampled(group: dist.ProcessGroup, sample_rate: float) -> tuple[float, Tensor, Tensor, Tensor, int]:
+def _sampled(group: dist.ProcessGroup, sample_rate: float) -> tuple[float, Tensor, Tensor, Tensor]:
     case: Case = {"rows": 8, "classes": 203, "dim": 16, "scale": 64.0}
     x_ND, w_CD, labels_N, _ = _problem(case)
     config = HeadConfig(sample_rate=sample_rate)
@@ -197,7 +198,13 @@ def _sampled(group: dist.ProcessGroup, sample_rate: float) -> tuple[float, Tenso
     assert grad.is_sparse
     assert x_BD.grad is not None
     grad = grad.coalesce()
-    return loss.item(), x_BD.grad, grad.indices()[0] + head.shard.start, grad.values(), head.shard.size
+    return loss.item(), x_BD.grad, grad.indices()[0] + head.shard.start, grad.values()
+
+
+def _drawn(classes: int, sample_rate: float, *, seed: int, step: int) -> set[int]:
+    everything = Shard(0, classes)
+    drawn = drawn_classes(everything, classes, sample_rate, seed=seed, step=step, device=torch.device("cpu"))
+    return set(drawn.nonzero()[:, 0].tolist())
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -209,9 +216,8 @@ def test_sampled_head_is_the_dense_head_over_the_sampled_classes(
     x_ND, w_CD, labels_N, _ = _problem({"rows": 8, "classes": 203, "dim": 16})
     rows = torch.cat([part[2] for part in parts])
     assert set(labels_N.tolist()) <= set(rows.tolist()), "positives always take part"
-    for part in parts:
-        present = int(torch.isin(labels_N.unique(), part[2]).sum())
-        assert len(part[2]) == max(-int(-sample_rate * part[4] // 1), present)
+    drawn = {row for row in rows.tolist() if row not in set(labels_N.tolist())}
+    assert drawn == _drawn(203, sample_rate, seed=1, step=3) - set(labels_N.tolist()), "whatever the number of ranks"
     x_ND.requires_grad_()
     w_SD = w_CD[rows].requires_grad_()
     position = {int(row): at for at, row in enumerate(rows)}
