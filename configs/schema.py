@@ -62,10 +62,18 @@ class ModelConfig:
 class HeadConfig:
     """The sharded margin softmax over class centres (Partial FC)."""
 
-    loss: Literal["arcface", "cosface"] = "arcface"
-    """arcface: cos(theta + m), m in radians. cosface: cos(theta) - m."""
+    loss: Literal["arcface", "cosface", "combined"] = "arcface"
+    """arcface: cos(theta + m), m in radians. cosface: cos(theta) - m. combined: cos(m1 theta + m) - m3."""
     margin: float = 0.5
     """m0, the margin of every class until clusters guide it; their sample-weighted mean stays m0."""
+    m1: float = 1.0
+    """Of combined: multiplies the angle, 1 or more."""
+    m3: float = 0.0
+    """Of combined: taken from the cosine."""
+    straight_through: bool = False
+    """insightface's gradient, which leaves the margin's own derivative out, in place of the exact one."""
+    interclass_filter: float = 0.0
+    """Above 0: cosines of other classes above it count as 0, as insightface's filter of label noise; 0: off."""
     scale: float = 64.0
     """s, the logits' scale; 30 suits fewer than some thousand classes.
     Up to 128, and 10^9 classes, exp() of every class within 100 degrees lies in float32's range (docs/numerics.md)."""
@@ -73,7 +81,15 @@ class HeadConfig:
     """Share of the class centres that is drawn for a step; the classes of the batch always take part."""
 
     def __post_init__(self) -> None:
-        _require(self.loss in ("arcface", "cosface"), "head.loss", self.loss, "arcface or cosface")
+        _require(
+            self.loss in ("arcface", "cosface", "combined"), "head.loss", self.loss, "arcface, cosface or combined"
+        )
+        alone = self.loss != "combined"
+        _require(1 <= self.m1 <= 8 and not (alone and self.m1 != 1), "head.m1", self.m1, "1 to 8; 1 unless combined")
+        _require(0 <= self.m3 < 1 and not (alone and self.m3), "head.m3", self.m3, "0 <= m3 < 1; 0 unless combined")
+        _require(alone or not self.straight_through, "head.straight_through", True, "false with head.loss=combined")
+        name, value = "head.interclass_filter", self.interclass_filter
+        _require(0 <= value < 1, name, value, "0 (off) to below 1")
         _require(0 <= self.margin < 1.5, "head.margin", self.margin, "0 <= margin < 1.5")
         _require(
             0 < self.scale <= 128,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from configs.schema import HeadConfig
 from partial_fc.collectives import GatheredBatch
-from partial_fc.margins import MARGINS
+from partial_fc.margins import target_margin
 from partial_fc.sampling import sample_rows
 from partial_fc.softmax import SoftmaxSettings, streaming_margin_softmax
 from sharding import shard_of
@@ -31,7 +31,7 @@ def initial_centres(start: int, stop: int, dim: int, seed: int) -> Tensor:
 
 
 class PartialFCHead(nn.Module):
-    """ArcFace or CosFace over `num_classes` classes whose centres are split over the ranks of `group`.
+    """Margin softmax over `num_classes` classes whose centres are split over the ranks of `group`.
 
     weight: float32 (C_local, D), the centres of `self.shard`; any number of classes and ranks, a rank may own
     none. Its gradient is exact and needs no further reduction. With sample_rate < 1 it is sparse: use it with
@@ -57,7 +57,8 @@ class PartialFCHead(nn.Module):
         self.settings = SoftmaxSettings(
             scale=config.scale,
             num_classes=num_classes,
-            margin=MARGINS[config.loss],
+            margin=target_margin(config.loss, m1=config.m1, m3=config.m3, straight_through=config.straight_through),
+            interclass_filter=config.interclass_filter,
             product_dtype=product_dtype,
         )
 

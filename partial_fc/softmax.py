@@ -53,6 +53,9 @@ class SoftmaxSettings:
     num_classes: int
     """Classes of all shards together."""
     margin: TargetMargin
+    interclass_filter: float = 0.0
+    """Above 0: other classes' cosines above it count as 0 and get no gradient, as classes that are the same person
+    under two labels would. insightface's option of that name."""
     chunk: int = 0
     """Centres a tile; 0 sizes tiles by the batch and the device."""
     product_dtype: torch.dtype = torch.float32
@@ -84,18 +87,36 @@ class _Tiles:
         inverse_c1 = raw_cD.norm(dim=1, keepdim=True).clamp_min(_MIN_NORM).reciprocal()
         return raw_cD * inverse_c1, inverse_c1
 
-    def exponentials(self, w_cD: Tensor, start: int, at_target_N: Tensor | None, by_N: Tensor | None) -> Tensor:
-        """exp(s cos - shift) (N, c), times by_N a row if given; targets' columns hold at_target_N (0 if None)."""
+    def exponentials(
+        self,
+        w_cD: Tensor,
+        start: int,
+        *,
+        at_target_N: Tensor | None = None,
+        by_N: Tensor | None = None,
+        filtered_N: Tensor | None = None,
+    ) -> Tensor:
+        """exp(s cos - shift) (N, c), times by_N a row if given; targets' columns hold at_target_N (0 if None).
+
+        Cosines that the filter takes leave 0 here; filtered_N, if given, is raised by how many a row these are.
+        """
         tile_Nc = product(self.x_ND, w_cD.T, self.settings.product_dtype)
+        column_N = self.target_N - start
+        inside_N = (column_N >= 0) & (column_N < w_cD.shape[0])
+        column_N1 = column_N.clamp(0, w_cD.shape[0] - 1)[:, None]
+        taken_Nc: Tensor | None = None
+        if self.settings.interclass_filter:
+            taken_Nc = tile_Nc > self.settings.interclass_filter
+            if filtered_N is not None:
+                filtered_N += taken_Nc.sum(1) - (taken_Nc.gather(1, column_N1)[:, 0] & inside_N).to(filtered_N.dtype)
         tile_Nc.mul_(self.settings.scale)
         if self.shift:
             tile_Nc.sub_(self.shift)
         tile_Nc.exp_()
+        if taken_Nc is not None:
+            tile_Nc.masked_fill_(taken_Nc, 0)
         if by_N is not None:
             tile_Nc.mul_(by_N[:, None])
-        column_N = self.target_N - start
-        inside_N = (column_N >= 0) & (column_N < w_cD.shape[0])
-        column_N1 = column_N.clamp(0, w_cD.shape[0] - 1)[:, None]
         value_N = torch.zeros_like(self.x_ND[:, 0]) if at_target_N is None else at_target_N
         kept_N = tile_Nc.gather(1, column_N1)[:, 0]
         return tile_Nc.scatter_(1, column_N1, torch.where(inside_N, value_N, kept_N)[:, None])
@@ -121,13 +142,16 @@ class _StreamingSoftmax(torch.autograd.Function):
         other_N, logit_N = sums_2N  # sum over the other classes; the target's logit
         want_x = ctx.needs_input_grad[0]
         u_ND = torch.zeros_like(x_ND) if want_x else None
+        filtered_N = zero_N.clone()
         for start in tiles.starts():
             w_cD, _ = tiles.centres(start)
-            e_Nc = tiles.exponentials(w_cD, start, None, None)
+            e_Nc = tiles.exponentials(w_cD, start, filtered_N=filtered_N)
             other_N += e_Nc.sum(1)
             if u_ND is not None:
                 u_ND += product(e_Nc, w_cD, settings.product_dtype)
 
+        if settings.interclass_filter:
+            other_N += filtered_N * math.exp(-tiles.shift)
         target_ND = zero_N[:, None].expand_as(x_ND)
         slope_N = zero_N
         if tiles.size:
@@ -161,7 +185,7 @@ class _StreamingSoftmax(torch.autograd.Function):
             grad_SD = w_CD.new_empty(tiles.size, w_CD.shape[1])
             for start in tiles.starts():
                 w_cD, inverse_c1 = tiles.centres(start)
-                g_Nc = tiles.exponentials(w_cD, start, at_target_N * grad_N, over_sum_N * grad_N)
+                g_Nc = tiles.exponentials(w_cD, start, at_target_N=at_target_N * grad_N, by_N=over_sum_N * grad_N)
                 d_cD = product(g_Nc.T, x_ND, ctx.settings.product_dtype)
                 # Through w / |w|: the part along w has no effect, the rest shrinks with |w|.
                 d_cD.sub_((d_cD * w_cD).sum(1, keepdim=True) * w_cD).mul_(inverse_c1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,14 @@ from torch import Tensor
 from configs.schema import ConfigError, HeadConfig
 from partial_fc.collectives import gather_batch
 from partial_fc.head import PartialFCHead, initial_centres
-from partial_fc.reference import dense_margin_softmax
+from partial_fc.reference import (
+    TargetLogit,
+    arcface_logit,
+    combined_logit,
+    cosface_logit,
+    dense_margin_softmax,
+    straight_through_logit,
+)
 from partial_fc.sampling import drawn_classes
 from partial_fc.softmax import shift_for
 from sharding import Shard, shard_of
@@ -42,7 +50,15 @@ def _problem(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _dense(case: Case) -> tuple[float, Tensor, Tensor]:
     x_ND, w_CD, labels_N, margins_C = _problem(case)
     x_ND.requires_grad_(), w_CD.requires_grad_()
-    loss = dense_margin_softmax(x_ND, w_CD, labels_N, margins_C, scale=case["scale"], loss=case["loss"])
+    loss = dense_margin_softmax(
+        x_ND,
+        w_CD,
+        labels_N,
+        margins_C,
+        scale=case["scale"],
+        target_logit=LOGITS[case.get("margin", "arcface")],
+        interclass_filter=case.get("head", {}).get("interclass_filter", 0.0),
+    )
     loss.backward()
     assert x_ND.grad is not None
     assert w_CD.grad is not None
@@ -52,7 +68,7 @@ def _dense(case: Case) -> tuple[float, Tensor, Tensor]:
 def _sharded(group: dist.ProcessGroup, case: Case, need_x: bool, need_w: bool) -> tuple[float, Any, Any]:
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     x_ND, w_CD, labels_N, margins_C = _problem(case)
-    config = HeadConfig(loss=case["loss"], scale=case["scale"])
+    config = HeadConfig(scale=case["scale"], **case.get("head", {}))
     head = PartialFCHead(num_classes=case["classes"], embedding_size=case["dim"], config=config, group=group, seed=1)
     head.settings = dataclasses.replace(head.settings, chunk=case.get("chunk", 0))
     head.weight.data.copy_(w_CD[head.shard.start : head.shard.stop])
@@ -70,10 +86,26 @@ def _relative(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 
+LOGITS: dict[str, TargetLogit] = {
+    "arcface": arcface_logit,
+    "cosface": cosface_logit,
+    "straight through": straight_through_logit,
+    "combined": partial(combined_logit, m1=1.2, m3=0.1),
+}
+_STRAIGHT = {"straight_through": True}
+_COMBINED = {"loss": "combined", "m1": 1.2, "m3": 0.1}
+_FILTER = {"interclass_filter": 0.2}
+_SMALL: Case = {"rows": 8, "classes": 123, "dim": 12, "scale": 32.0}
+
 CASES: dict[str, Case] = {
+    "straight through": {**_SMALL, "margin": "straight through", "head": _STRAIGHT},
+    "combined": {**_SMALL, "margin": "combined", "head": _COMBINED},
+    "filter": {**_SMALL, "head": _FILTER, "chunk": 10},
+    "filter, straight through": {**_SMALL, "margin": "straight through", "head": {**_STRAIGHT, **_FILTER}},
+    "filter that needs a shift": {**_SMALL, "scale": 128.0, "pull": 0.0, "head": _FILTER},
     "odd classes": {"rows": 12, "classes": 123, "dim": 17, "scale": 64.0},
     "many tiles": {"rows": 8, "classes": 507, "dim": 32, "scale": 64.0, "chunk": 13},
-    "cosface": {"rows": 8, "classes": 252, "dim": 24, "scale": 30.0, "loss": "cosface"},
+    "cosface": {"rows": 8, "classes": 252, "dim": 24, "scale": 30.0, "margin": "cosface", "head": {"loss": "cosface"}},
     "one row a rank": {"rows": 4, "classes": 50, "dim": 8, "scale": 30.0},
     "fewer classes than ranks": {"rows": 8, "classes": 3, "dim": 8, "scale": 30.0},
     "ranks with no positive": {"rows": 8, "classes": 101, "dim": 16, "scale": 64.0, "labels_below": 5},
@@ -88,7 +120,7 @@ CASES: dict[str, Case] = {
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_dense_head_in_float64(ranks: RankPool, name: str, world_size: int) -> None:
-    case = {"loss": "arcface", **CASES[name]}
+    case = CASES[name]
     loss, grad_x, grad_w = _dense(case)
     parts = ranks.run(world_size, _sharded, case, True, True)
     for part in parts:
@@ -98,7 +130,7 @@ def test_equals_the_dense_head_in_float64(ranks: RankPool, name: str, world_size
 
 
 def test_b_equals_one_on_one_rank(ranks: RankPool) -> None:
-    case = {"loss": "arcface", "rows": 1, "classes": 7, "dim": 5, "scale": 64.0}
+    case = {"rows": 1, "classes": 7, "dim": 5, "scale": 64.0}
     loss, grad_x, grad_w = _dense(case)
     ((found, found_x, found_w),) = ranks.run(1, _sharded, case, True, True)
     assert found == pytest.approx(loss, rel=1e-5, abs=0)
@@ -108,7 +140,7 @@ def test_b_equals_one_on_one_rank(ranks: RankPool) -> None:
 
 @pytest.mark.parametrize(("need_x", "need_w"), [(True, False), (False, True), (False, False)])
 def test_every_combination_of_gradients(ranks: RankPool, need_x: bool, need_w: bool) -> None:
-    case = {"loss": "arcface", **CASES["odd classes"]}
+    case = CASES["odd classes"]
     loss, grad_x, grad_w = _dense(case)
     parts = ranks.run(2, _sharded, case, need_x, need_w)
     assert parts[0][0] == pytest.approx(loss, rel=1e-5, abs=0)
@@ -123,7 +155,7 @@ def test_every_combination_of_gradients(ranks: RankPool, need_x: bool, need_w: b
 
 
 def test_all_rows_without_a_label_give_zero(ranks: RankPool) -> None:
-    case = {"loss": "arcface", "rows": 4, "classes": 9, "dim": 6, "scale": 64.0, "ignored": range(4)}
+    case = {"rows": 4, "classes": 9, "dim": 6, "scale": 64.0, "ignored": range(4)}
     for loss, grad_x, grad_w in ranks.run(2, _sharded, case, True, True):
         assert loss == 0
         assert (grad_x == 0).all()
