@@ -1,1 +1,9 @@
-"""Margin softmax over class centres sharded across ranks (Partial FC)."""
+"""Margin softmax over class centres sharded across ranks (Partial FC); `PartialFC` is for loops of one's own."""
+
+from __future__ import annotations
+
+from partial_fc.head import HeadStateError
+from partial_fc.module import PartialFC, PartialFCInputError
+from partial_fc.optim import CentreAdamW, CentreSGD
+
+__all__ = ["CentreAdamW", "CentreSGD", "HeadStateError", "PartialFC", "PartialFCInputError"]

@@ -24,6 +24,16 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _META_FLOATS = 4  # label and sample id, int64 each, travel as raw bits in two float32 columns each
 
 
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Ranks of the group; 1 for None, this process alone."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: dist.ProcessGroup | None) -> int:
+    """This process's place in the group; 0 for None."""
+    return 0 if group is None else dist.get_rank(group)
+
+
 @dataclass(frozen=True, slots=True)
 class GatheredBatch:
     """The batch of all ranks, as every rank sees it after the packed gather."""
@@ -34,7 +44,7 @@ class GatheredBatch:
     """int64 class of each row; -1 marks a row that every loss ignores."""
     sample_ids_N: Tensor
     """int64 sample id of each row."""
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
 
 
 class _PackedGather(torch.autograd.Function):
@@ -58,12 +68,14 @@ class _PackedGather(torch.autograd.Function):
         return grad_BD, None, None
 
 
-def gather_batch(x_BD: Tensor, labels_B: Tensor, sample_ids_B: Tensor, group: dist.ProcessGroup) -> GatheredBatch:
+def gather_batch(
+    x_BD: Tensor, labels_B: Tensor, sample_ids_B: Tensor, group: dist.ProcessGroup | None
+) -> GatheredBatch:
     """Every rank's rows on every rank, by one all-gather; backward runs one reduce-scatter (sum).
 
     x_BD: float32 unit embeddings. labels_B, sample_ids_B: int64. B must be the same on all ranks. Through
     backward, rank r receives sum over ranks q of dL_q/dx_r, which is the gradient of the global loss when
-    every rank computes its own classes' share of it.
+    every rank computes its own classes' share of it. group: None for this process alone.
     Raises TypeError or ValueError when dtypes or shapes are not as said.
     """
     if x_BD.dtype != torch.float32 or labels_B.dtype != torch.int64 or sample_ids_B.dtype != torch.int64:
@@ -76,15 +88,17 @@ def gather_batch(x_BD: Tensor, labels_B: Tensor, sample_ids_B: Tensor, group: di
             "gather_batch expects shapes (B, D), (B,), (B,), "
             f"got {tuple(x_BD.shape)}, {tuple(labels_B.shape)}, {tuple(sample_ids_B.shape)}"
         )
-    if dist.get_world_size(group) == 1:
+    if group is None or group_size(group) == 1:
         return GatheredBatch(x_BD, labels_B, sample_ids_B, group)
     meta_B2 = torch.stack([labels_B, sample_ids_B], dim=1)
     x_ND, meta_N2 = _PackedGather.apply(x_BD, meta_B2, group)  # type: ignore[no-untyped-call]
     return GatheredBatch(x_ND, meta_N2[:, 0].contiguous(), meta_N2[:, 1].contiguous(), group)
 
 
-def all_reduce_(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce_(
+    tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
     """Reduce `tensor` over the group in place and return it. One all-reduce, none on one rank; no autograd."""
-    if dist.get_world_size(group) > 1:
+    if group_size(group) > 1:
         dist.all_reduce(tensor, op=op, group=group)
     return tensor

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from configs.schema import HeadConfig
-from partial_fc.collectives import GatheredBatch
+from partial_fc.collectives import GatheredBatch, group_rank, group_size
 from partial_fc.margins import target_margin
 from partial_fc.sampling import sample_rows
 from partial_fc.softmax import SoftmaxSettings, streaming_margin_softmax
@@ -30,6 +30,10 @@ def initial_centres(start: int, stop: int, dim: int, seed: int) -> Tensor:
     return torch.cat(parts)
 
 
+class HeadStateError(ValueError):
+    """Saved class centres do not fit this head."""
+
+
 class PartialFCHead(nn.Module):
     """Margin softmax over `num_classes` classes whose centres are split over the ranks of `group`.
 
@@ -44,15 +48,19 @@ class PartialFCHead(nn.Module):
         num_classes: int,
         embedding_size: int,
         config: HeadConfig,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         seed: int,
         product_dtype: torch.dtype = torch.float32,
+        sparse_gradient: bool = True,
     ) -> None:
+        """group: None for this process alone. sparse_gradient: False gives a dense one also when classes are sampled,
+        for optimizers that know no other.
+        """
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"a softmax needs at least 2 classes, got {num_classes}: check the data's labels")
         self.num_classes, self.config, self.group, self.seed = num_classes, config, group, seed
-        self.shard = shard_of(dist.get_rank(group), dist.get_world_size(group), num_classes)
+        self.shard = shard_of(group_rank(group), group_size(group), num_classes)
         self.weight = nn.Parameter(initial_centres(self.shard.start, self.shard.stop, embedding_size, seed))
         self.settings = SoftmaxSettings(
             scale=config.scale,
@@ -60,7 +68,25 @@ class PartialFCHead(nn.Module):
             margin=target_margin(config.loss, m1=config.m1, m3=config.m3, straight_through=config.straight_through),
             interclass_filter=config.interclass_filter,
             product_dtype=product_dtype,
+            sparse_gradient=sparse_gradient,
         )
+
+    def get_extra_state(self) -> dict[str, int]:
+        """What the weight alone does not say: how it is cut."""
+        return {
+            "num_classes": self.num_classes,
+            "world_size": group_size(self.group),
+            "rank": group_rank(self.group),
+        }
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        """Raises HeadStateError when the state is of another number of classes or ranks, or of another rank."""
+        for name, mine in self.get_extra_state().items():
+            if state[name] != mine:
+                raise HeadStateError(
+                    f"class centres were saved with {name} = {state[name]}, this head has {mine}: load them with the "
+                    "same classes, ranks and order of ranks"
+                )
 
     def local_rows(self, labels_N: Tensor) -> Tensor:
         """Row of this shard that holds each label's centre, -1 where another rank owns it or the label is -1."""

@@ -60,6 +60,8 @@ class SoftmaxSettings:
     """Centres a tile; 0 sizes tiles by the batch and the device."""
     product_dtype: torch.dtype = torch.float32
     """Operands of the matrix products; sums are float32 whatever it is."""
+    sparse_gradient: bool = True
+    """Of sampled classes: a sparse gradient, of their rows alone; False: a dense one with zeros elsewhere."""
 
     def tile(self, rows: int, device: torch.device) -> int:
         return self.chunk or max(64, _TILE_BYTES.get(device.type, 64 << 20) // (4 * max(rows, 1)))
@@ -132,7 +134,7 @@ class _StreamingSoftmax(torch.autograd.Function):
         target_N: Tensor,
         margin_N: Tensor,
         settings: SoftmaxSettings,
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
     ) -> Tensor:
         tiles = _Tiles(x_ND, w_CD, rows_S, target_N, settings)
         owned_N = target_N >= 0
@@ -191,7 +193,9 @@ class _StreamingSoftmax(torch.autograd.Function):
                 d_cD.sub_((d_cD * w_cD).sum(1, keepdim=True) * w_cD).mul_(inverse_c1)
                 grad_SD[start : start + w_cD.shape[0]] = d_cD
             grad_w = grad_SD
-            if rows_S is not None:
+            if rows_S is not None and not ctx.settings.sparse_gradient:
+                grad_w = torch.zeros_like(w_CD).index_copy_(0, rows_S, grad_SD)
+            elif rows_S is not None:
                 grad_w = torch.sparse_coo_tensor(
                     rows_S[None], grad_SD, w_CD.shape, is_coalesced=True, check_invariants=False
                 )
@@ -204,7 +208,7 @@ def streaming_margin_softmax(
     target_N: Tensor,
     margin_N: Tensor,
     settings: SoftmaxSettings,
-    group: dist.ProcessGroup,
+    group: dist.ProcessGroup | None,
     rows_S: Tensor | None = None,
 ) -> Tensor:
     """Loss of every row of the global batch, -log softmax of its target over the classes of all shards.

@@ -1,0 +1,141 @@
+"""Partial FC for a training loop of one's own: embeddings and labels in, loss out, gradients as that loop wants."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configs.schema import HeadConfig
+from partial_fc.collectives import gather_batch, group_size
+from partial_fc.head import PartialFCHead
+
+
+class PartialFCInputError(ValueError):
+    """Embeddings or labels of the global batch are not what the head takes; raised on all ranks alike."""
+
+
+class _Multiply(torch.autograd.Function):
+    """The input itself; its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+class PartialFC(nn.Module):
+    """Margin softmax over class centres that are split over the ranks of `group`.
+
+    The module holds this rank's centres, `weight`, float32 (C_local, D). Their gradient is complete where they lie: do
+    not wrap the module in DDP. With sample_rate < 1 that gradient is sparse, for `CentreSGD` and `CentreAdamW`, which
+    leave the other rows alone; sparse_gradient=False gives a dense one, for any optimizer of torch.
+
+    backbone_gradients: what becomes of the backbone's gradients. "averaged": DDP divides their sum by the number of
+    ranks, as it does by default, so the embeddings' gradients come multiplied by that number; "summed": they do not.
+    Either way the backbone ends with the gradient of the mean loss over the global batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        embedding_size: int,
+        group: dist.ProcessGroup | None = None,
+        loss: Literal["arcface", "cosface", "combined"] = "arcface",
+        margin: float = 0.5,
+        m1: float = 1.0,
+        m3: float = 0.0,
+        scale: float = 64.0,
+        sample_rate: float = 1.0,
+        straight_through: bool = False,
+        interclass_filter: float = 0.0,
+        backbone_gradients: Literal["averaged", "summed"] = "averaged",
+        sparse_gradient: bool = True,
+        product_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        """group: None for one process. seed: of the centres' start and of sampling. For the rest see `HeadConfig`.
+
+        Raises ConfigError for a value out of range, ValueError for fewer than 2 classes.
+        """
+        super().__init__()
+        if backbone_gradients not in ("averaged", "summed"):
+            raise ValueError(f"backbone_gradients: expected averaged or summed, got {backbone_gradients!r}")
+        config = HeadConfig(
+            loss=loss,
+            margin=margin,
+            m1=m1,
+            m3=m3,
+            scale=scale,
+            sample_rate=sample_rate,
+            straight_through=straight_through,
+            interclass_filter=interclass_filter,
+        )
+        self.head = PartialFCHead(
+            num_classes=num_classes,
+            embedding_size=embedding_size,
+            config=config,
+            group=group,
+            seed=seed,
+            product_dtype=product_dtype,
+            sparse_gradient=sparse_gradient,
+        )
+        self._factor = float(group_size(group)) if backbone_gradients == "averaged" else 1.0
+        self._steps = 0
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """This rank's class centres, raw: cosines use them at unit length."""
+        return self.head.weight
+
+    def forward(self, embeddings_BD: Tensor, labels_B: Tensor, *, class_margins_C: Tensor | None = None) -> Tensor:
+        """Mean loss over the labelled rows of the global batch: a scalar, the same on all ranks.
+
+        embeddings_BD: this rank's, of any length and floating type; B the same on all ranks. labels_B: int64, -1 for
+        rows that count for nothing. class_margins_C: a margin for each class of this rank instead of `margin`.
+
+        Collectives: one all-gather and one all-reduce of two floats a row of the global batch; one reduce-scatter in
+        backward. Raises PartialFCInputError for a label that is no class and for embeddings that are not finite, on
+        all ranks, on CPUs; on GPUs, where looking would make every step wait, a device-side assertion says so.
+        """
+        x_BD = F.normalize(_Multiply.apply(embeddings_BD.float(), self._factor))  # type: ignore[no-untyped-call]
+        batch = gather_batch(x_BD, labels_B, torch.zeros_like(labels_B), self.head.group)
+        self._check(batch.x_ND, batch.labels_N)
+        loss: Tensor = self.head(batch, step=self._steps, class_margins_C=class_margins_C)
+        if self.training:
+            self._steps += 1
+        return loss
+
+    def _check(self, x_ND: Tensor, labels_N: Tensor) -> None:
+        """Of the gathered batch, so that all ranks see the same and none waits for another in a later collective."""
+        known = ((labels_N >= -1) & (labels_N < self.head.num_classes)).all()
+        finite = torch.isfinite(x_ND).all()
+        if labels_N.is_cuda:
+            torch._assert_async(
+                known & finite, "PartialFC: a label that is no class, or embeddings that are not finite"
+            )
+        elif not known:
+            low, high = int(labels_N.min()), int(labels_N.max())
+            raise PartialFCInputError(
+                f"labels: expected -1 or 0 … {self.head.num_classes - 1}, got {low} … {high} in the global batch"
+            )
+        elif not finite:
+            row = int((~torch.isfinite(x_ND)).any(1).nonzero()[0])
+            raise PartialFCInputError(
+                f"embeddings: row {row} of the global batch is not finite: has the training diverged?"
+            )
+
+    def get_extra_state(self) -> dict[str, int]:
+        """Steps taken, from which the sampling goes on."""
+        return {"steps": self._steps}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self._steps = state["steps"]
