@@ -69,8 +69,9 @@ def open_ranks(config: TrainConfig) -> Iterator[Ranks]:
     """Join the process group that torchrun's environment describes, or a group of one without torchrun.
 
     NCCL on GPUs, gloo on CPUs. CPU arithmetic gets `config.cpu_threads` threads, or this host's cores divided
-    by its ranks. Raises ConfigError when CUDA is asked for and not there for every rank of this host. The group is
-    closed at a clean end only: after an error the process is expected to end.
+    by its ranks. With `precision: fp32` GPUs convolve in float32, not in TF32. Raises ConfigError when CUDA is asked
+    for and not there for every rank of this host. The group is closed at a clean end only: after an error the process
+    is expected to end.
     """
     rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank, local_world_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
@@ -79,6 +80,7 @@ def open_ranks(config: TrainConfig) -> Iterator[Ranks]:
     arguments: dict[str, Any] = {"backend": "gloo", "timeout": _TIMEOUT}
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = config.precision != "fp32"  # by default convolutions round to 10 bits
         arguments |= {"backend": "nccl", "device_id": device}
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         arguments |= {"store": HashStore(), "rank": 0, "world_size": 1}
