@@ -50,17 +50,23 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         values = tree.get(section) or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{section}: expected a section with fields, got {values!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
-        except ValueError:  # a date that no calendar has
-            value = text.strip()
-        if value is not None and section in sections and typing.get_type_hints(sections[section]).get(key) is str:
-            value = value if isinstance(value, str) else text.strip()
+        is_text = section in sections and typing.get_type_hints(sections[section]).get(key) is str
+        value = _override(override, text.strip(), is_text=is_text)
         tree[section] = {**values, key: value}
     _refuse_unknown(tree, sections, "")
     return RunConfig(**{name: _section(sections[name], name, values) for name, values in tree.items()})
+
+
+def _override(override: str, text: str, *, is_text: bool) -> Any:
+    """What stands behind the sign of equality: YAML; for a text setting as it stands, unless quoted or null."""
+    if is_text and text[:1] not in ("'", '"') and text not in ("", "~", "null"):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML") from None
+    except ValueError:  # a date that no calendar has: what it is here, the setting's own check says
+        return text
 
 
 def _refuse_unknown(found: Iterable[Any], known: Iterable[str], where: str) -> None:

@@ -38,8 +38,8 @@ class PartialFCHead(nn.Module):
     """Margin softmax over `num_classes` classes whose centres are split over the ranks of `group`.
 
     weight: float32 (C_local, D), the centres of `self.shard`; any number of classes and ranks, a rank may own
-    none. Its gradient is exact and needs no further reduction. With sample_rate < 1 it is sparse: use it with
-    the optimizers of `partial_fc.optim`.
+    none. Its gradient is exact and needs no further reduction. With sample_rate < 1 it is sparse, unless told
+    otherwise: use it with the optimizers of `partial_fc.optim`.
     """
 
     def __init__(

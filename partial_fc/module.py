@@ -64,9 +64,15 @@ class PartialFC(nn.Module):
     ) -> None:
         """group: None for one process. seed: of the centres' start and of sampling. For the rest see `HeadConfig`.
 
-        Raises ConfigError for a value out of range, ValueError for fewer than 2 classes.
+        Raises ConfigError for a value out of range, ValueError for fewer than 2 classes, and without a group in a
+        process that is one of several.
         """
         super().__init__()
+        if group is None and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                "group: expected one, as this process is one of several: pass torch.distributed.group.WORLD to split "
+                "the classes over all of them"
+            )
         if backbone_gradients not in ("averaged", "summed"):
             raise ValueError(f"backbone_gradients: expected averaged or summed, got {backbone_gradients!r}")
         config = HeadConfig(
@@ -104,8 +110,10 @@ class PartialFC(nn.Module):
 
         Collectives: one all-gather and one all-reduce of two floats a row of the global batch; one reduce-scatter in
         backward. Raises PartialFCInputError for a label that is no class and for embeddings that are not finite, on
-        all ranks, on CPUs; on GPUs, where looking would make every step wait, a device-side assertion says so.
+        all ranks, on CPUs; on GPUs, where looking would make every step wait, a device-side assertion says so. And for
+        shapes that do not fit, on the ranks that have them.
         """
+        self._check_shapes(embeddings_BD, labels_B, class_margins_C)
         x_BD = F.normalize(_Multiply.apply(embeddings_BD.float(), self._factor))  # type: ignore[no-untyped-call]
         batch = gather_batch(x_BD, labels_B, torch.zeros_like(labels_B), self.head.group)
         self._check(batch.x_ND, batch.labels_N)
@@ -113,6 +121,19 @@ class PartialFC(nn.Module):
         if self.training:
             self._steps += 1
         return loss
+
+    def _check_shapes(self, embeddings_BD: Tensor, labels_B: Tensor, class_margins_C: Tensor | None) -> None:
+        D, C = self.weight.shape[1], self.weight.shape[0]
+        if embeddings_BD.dim() != 2 or embeddings_BD.shape[1] != D or labels_B.shape != embeddings_BD.shape[:1]:
+            raise PartialFCInputError(
+                f"expected embeddings (B, {D}) and labels (B,), got {tuple(embeddings_BD.shape)} and "
+                f"{tuple(labels_B.shape)}"
+            )
+        if class_margins_C is not None and class_margins_C.shape != (C,):
+            raise PartialFCInputError(
+                f"class_margins_C: expected one margin for each of this rank's {C} classes, got shape "
+                f"{tuple(class_margins_C.shape)}"
+            )
 
     def _check(self, x_ND: Tensor, labels_N: Tensor) -> None:
         """Of the gathered batch, so that all ranks see the same and none waits for another in a later collective."""

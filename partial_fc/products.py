@@ -8,6 +8,11 @@ from torch import Tensor
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b, operands rounded to `dtype`, summed in float32 (float64 operands stay what they are)."""
+    with torch.autocast(a.device.type, enabled=False):  # around it, the caller's would round operands and result
+        return _product(a, b, dtype)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32 or a.dtype == torch.float64:
         return a @ b
     if a.is_cuda:

@@ -2,8 +2,8 @@
 
 What makes it stream, and exact:
 
-- Logits lie in [-2s, s], so exp() needs no running maximum: one constant shift keeps every sum inside
-  float32's range (`shift_for`). No max pass, no max all-reduce.
+- Logits of the other classes lie in [-s, s], so exp() needs no running maximum: one constant shift keeps every sum
+  inside float32's range (`shift_for`). No max pass, no max all-reduce.
 - The margin touches only the target's logit. It is computed beside the tiles (N dot products); inside a tile
   the target's column is simply left out. The loss is softplus(log S + shift - t), with S the sum over the
   *other* classes and t the target's logit: nothing cancels, so well-learned samples keep their precision.
@@ -40,7 +40,7 @@ _MIN_NORM = 1e-12
 def shift_for(scale: float, num_classes: int) -> float:
     """The constant a such that sum_c exp(s cos_c - a) stays below float32's end for any embedding.
 
-    0 for s = 64 up to 10^9 classes. Smaller is better: what underflows is exp(-2s - a). Ours.
+    0 for s = 64 up to 10^9 classes. Smaller is better: what underflows is exp(-s - a). Ours.
     """
     return max(0.0, scale + math.log(max(num_classes, 1)) - _MAX_EXPONENT)
 
@@ -216,7 +216,7 @@ def streaming_margin_softmax(
     x_ND: float32 (or float64) unit embeddings, the same on all ranks. w_CD: this rank's raw centres.
     target_N: int64, the target's row in this shard (its position in rows_S when sampled), or -1 when another
     rank owns it. margin_N: the target's margin, read where target_N >= 0. rows_S: sorted distinct rows that
-    take part, or None for all; the gradient of w_CD is then sparse, with just these rows.
+    take part, or None for all; the gradient of w_CD then has just these rows.
 
     Returns (N,), the same on all ranks. A row whose target no rank owns has a meaningless loss: leave it out
     of the mean, and it leaves no gradient. Backward gives x_ND this shard's share of the gradient (sum over

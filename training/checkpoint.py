@@ -52,11 +52,7 @@ class CheckpointFolder:
         final = self.folder / f"step_{step:09d}"
         partial = final.with_suffix(".partial")
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            with (partial / self._part(self.ranks.rank)).open("wb") as file:
-                torch.save({"world_size": self.ranks.world_size, "step": step, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
+            self._write(partial, step, state)
             self.ranks.barrier()
             if self.ranks.is_main:
                 self._publish(partial, final)
@@ -68,15 +64,27 @@ class CheckpointFolder:
         self.ranks.barrier()
         return final
 
+    def _write(self, partial: Path, step: int, state: dict[str, Any]) -> None:
+        partial.mkdir(parents=True, exist_ok=True)
+        with (partial / self._part(self.ranks.rank)).open("wb") as file:
+            torch.save({"world_size": self.ranks.world_size, "step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+
     @staticmethod
     def _part(rank: int) -> str:
         return f"rank_{rank}.pt"
 
     def _publish(self, partial: Path, final: Path) -> None:
         mine = {self._part(rank) for rank in range(self.ranks.world_size)}
-        for part in partial.iterdir():  # left by a run of more ranks that died while saving this step
-            if part.name not in mine:
-                part.unlink()
+        there = {part.name for part in partial.iterdir()}
+        if missing := sorted(mine - there):
+            raise CheckpointError(
+                f"{partial}: expected the part of every rank, {missing[0]} is missing: put train.output on a file "
+                "system that all hosts share"
+            )
+        for name in there - mine:  # left by a run of more ranks that died while saving this step
+            (partial / name).unlink()
         shutil.rmtree(final, ignore_errors=True)  # the same step of a run that was started over
         _sync(partial)
         partial.rename(final)
@@ -104,7 +112,12 @@ class CheckpointFolder:
         pointer = self.folder / _LATEST
         if not pointer.is_file():
             return None
-        name = pointer.read_text(encoding="utf-8").strip()
+        try:
+            name = pointer.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"{pointer}: cannot read it ({error}): write the name of a step_… folder into it"
+            ) from None
         path = self.folder / name
         if not re.fullmatch(r"step_\d+", name) or not path.is_dir():
             raise CheckpointError(

@@ -41,7 +41,10 @@ class Ranks:
 
     def first_to_say(self, message: str) -> bool:
         """True on the first rank that asks about this message: an error that all ranks meet is printed once."""
-        return bool(self.store.add(f"said/{message}", 1) == 1)
+        try:
+            return bool(self.store.add(f"said/{message}", 1) == 1)
+        except RuntimeError:  # the rank that keeps the store has said it, and ended
+            return False
 
 
 def _environment(name: str, default: int) -> int:

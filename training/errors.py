@@ -5,6 +5,7 @@ from __future__ import annotations
 from clustering.errors import ClusterStateError
 from configs.schema import ConfigError
 from data.errors import DataError
+from partial_fc import HeadStateError
 from training.checkpoint import CheckpointError
 
 
@@ -12,5 +13,5 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what to do."""
 
 
-USER_ERRORS = (ConfigError, DataError, CheckpointError, ClusterStateError, TrainingError)
+USER_ERRORS = (ConfigError, DataError, CheckpointError, ClusterStateError, HeadStateError, TrainingError)
 """Everything that is not a bug of ours."""

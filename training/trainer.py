@@ -20,7 +20,7 @@ from data.batch import Batch
 from data.loader import build_loader
 from partial_fc.collectives import all_reduce_
 from partial_fc.head import PartialFCHead
-from training.checkpoint import CheckpointFolder, check_same_checkpoint, refuse_another_run
+from training.checkpoint import CheckpointError, CheckpointFolder, check_same_checkpoint, refuse_another_run
 from training.checks import make_writable, open_records
 from training.distributed import Ranks, data_parallel
 from training.errors import TrainingError
@@ -133,6 +133,8 @@ class Trainer:
         if path is None:
             return
         state = self.checkpoints.load(path)
+        if missing := self._state().keys() - state.keys() - {"random_cuda"}:
+            raise CheckpointError(f"{path}: not a checkpoint of this program, {min(missing)!r} is not in it")
         refuse_another_run(path, state["settings"], self._settings())
         self.backbone.module.load_state_dict(state["backbone"])
         self.head.load_state_dict(state["head"])

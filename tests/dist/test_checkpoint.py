@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,47 @@ def test_round_trip_and_pruning(ranks: RankPool, tmp_path: Path, world_size: int
     assert (folder / "latest").read_text().strip() == "step_000000015"
 
 
+def _save_without_a_part(group: dist.ProcessGroup, output: Path) -> str:
+    """As on hosts that share no file system: rank 1 writes elsewhere."""
+    ranks = ranks_of(group)
+    folder = CheckpointFolder(output if ranks.is_main else output / "elsewhere", ranks, keep=2)
+    if not ranks.is_main:
+        (output / "elsewhere").mkdir()
+    try:
+        if ranks.is_main:
+            folder.save(20, {})
+        else:
+            folder._write(folder.folder / "step_000000020.partial", 20, {})
+            ranks.barrier()
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_checkpoint_without_all_its_parts_does_not_count(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, _save_three, tmp_path)
+    assert "rank_1.pt is missing: put train.output on a file system" in ranks.run(2, _save_without_a_part, tmp_path)[0]
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000000015"
+    assert ranks.run(2, _latest_and_load, tmp_path) == ["loaded"] * 2
+
+
+def _save_to_a_full_disk(group: dist.ProcessGroup, output: Path) -> str:
+    from unittest import mock
+
+    folder = CheckpointFolder(output, ranks_of(group), keep=2)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch("training.checkpoint.os.fsync", side_effect=full), pytest.raises(CheckpointError) as error:
+        folder.save(20, {})
+    return str(error.value)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_former_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(1, _save_three, tmp_path)
+    (message,) = ranks.run(1, _save_to_a_full_disk, tmp_path)
+    assert "cannot write the checkpoint of step 20 (No space left on device)" in message
+    assert ranks.run(1, _latest_and_load, tmp_path) == ["loaded"]
+
+
 def test_another_number_of_ranks_is_refused(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(2, _save_three, tmp_path)
     (message,) = ranks.run(1, _latest_and_load, tmp_path)
@@ -83,7 +125,7 @@ def test_damage_and_code_in_a_checkpoint_are_refused(ranks: RankPool, tmp_path: 
     whole = part.read_bytes()
     part.write_bytes(whole[: len(whole) // 2])
     assert "damaged or not a checkpoint" in ranks.run(1, _latest_and_load, tmp_path)[0]
-    torch.save({"step": 1, "path": Path("x")}, part)  # an object outside the allow-list of weights_only
+    torch.save({"step": 1, "world_size": 1, "path": Path("x")}, part)  # an object outside the allow-list of weights_only
     message = ranks.run(1, _latest_and_load, tmp_path)[0]
     assert "damaged or not a checkpoint" in message
     assert "\n" not in message

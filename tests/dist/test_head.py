@@ -212,11 +212,22 @@ def test_initial_centres_do_not_depend_on_the_ranks() -> None:
     assert not torch.equal(initial_centres(0, 4, 3, seed=6), whole[:4])
 
 
-def _sampled(group: dist.ProcessGroup, sample_rate: float) -> tuple[float, Tensor, Tensor, Tensor]:
+SAMPLED: dict[str, tuple[dict[str, Any], TargetLogit]] = {
+    "plain": ({}, arcface_logit),
+    "dense gradient": ({}, arcface_logit),
+    "combined": (_COMBINED, LOGITS["combined"]),
+    "filter": (_FILTER, arcface_logit),
+}
+
+
+def _sampled(group: dist.ProcessGroup, sample_rate: float, name: str) -> tuple[float, Tensor, Tensor, Tensor]:
     case: Case = {"rows": 8, "classes": 203, "dim": 16, "scale": 64.0}
     x_ND, w_CD, labels_N, _ = _problem(case)
-    config = HeadConfig(sample_rate=sample_rate)
-    head = PartialFCHead(num_classes=203, embedding_size=16, config=config, group=group, seed=1)
+    config = HeadConfig(sample_rate=sample_rate, **SAMPLED[name][0])
+    sparse = name != "dense gradient"
+    head = PartialFCHead(
+        num_classes=203, embedding_size=16, config=config, group=group, seed=1, sparse_gradient=sparse
+    )
     head.settings = dataclasses.replace(head.settings, chunk=10)
     head.weight.data.copy_(w_CD[head.shard.start : head.shard.stop])
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -227,7 +238,10 @@ def _sampled(group: dist.ProcessGroup, sample_rate: float) -> tuple[float, Tenso
     loss.backward()
     grad = head.weight.grad
     assert grad is not None
-    assert grad.is_sparse
+    assert grad.is_sparse == sparse
+    if not sparse:
+        rows = grad.abs().sum(1).nonzero()[:, 0]
+        grad = torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape)
     assert x_BD.grad is not None
     grad = grad.coalesce()
     return loss.item(), x_BD.grad, grad.indices()[0] + head.shard.start, grad.values()
@@ -240,11 +254,13 @@ def _drawn(classes: int, sample_rate: float, *, seed: int, step: int) -> set[int
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("sample_rate", [0.01, 0.3])
+@pytest.mark.parametrize(
+    ("sample_rate", "name"), [(0.01, "plain"), *((0.3, name) for name in ("plain", "dense gradient", "combined", "filter"))]
+)
 def test_sampled_head_is_the_dense_head_over_the_sampled_classes(
-    ranks: RankPool, world_size: int, sample_rate: float
+    ranks: RankPool, world_size: int, sample_rate: float, name: str
 ) -> None:
-    parts = ranks.run(world_size, _sampled, sample_rate)
+    parts = ranks.run(world_size, _sampled, sample_rate, name)
     x_ND, w_CD, labels_N, _ = _problem({"rows": 8, "classes": 203, "dim": 16})
     rows = torch.cat([part[2] for part in parts])
     assert set(labels_N.tolist()) <= set(rows.tolist()), "positives always take part"
@@ -255,7 +271,16 @@ def test_sampled_head_is_the_dense_head_over_the_sampled_classes(
     position = {int(row): at for at, row in enumerate(rows)}
     labels_S = torch.tensor([position[int(label)] for label in labels_N])
     margins = torch.full((len(rows),), 0.5, dtype=torch.float64)
-    loss = dense_margin_softmax(x_ND, w_SD, labels_S, margins, scale=64.0)
+    settings, logit = SAMPLED[name]
+    loss = dense_margin_softmax(
+        x_ND,
+        w_SD,
+        labels_S,
+        margins,
+        scale=64.0,
+        target_logit=logit,
+        interclass_filter=settings.get("interclass_filter", 0.0),
+    )
     loss.backward()
     assert parts[0][0] == pytest.approx(loss.item(), rel=1e-5)
     assert x_ND.grad is not None

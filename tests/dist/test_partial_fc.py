@@ -114,6 +114,21 @@ def test_trains_in_one_process_with_any_optimizer(name: str, sample_rate: float)
     assert losses[-1] < 0.3 * losses[0]
 
 
+@pytest.mark.parametrize("sample_rate", [1.0, 0.3])
+def test_under_autocast_the_head_stays_in_float32(sample_rate: float) -> None:
+    inputs, labels = _data()
+    gradients = []
+    for enabled in (False, True):
+        head = PartialFC(num_classes=CLASSES, embedding_size=12, sample_rate=sample_rate, sparse_gradient=False)
+        x_BD = inputs.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            head(x_BD, labels).backward()
+        assert head.weight.grad is not None
+        gradients.append((x_BD.grad, head.weight.grad))
+    for plain, cast in zip(*gradients, strict=True):
+        torch.testing.assert_close(cast, plain)
+
+
 def test_dense_and_sparse_gradients_are_the_same_numbers() -> None:
     inputs, labels = _data()
     gradients = []
@@ -164,6 +179,30 @@ def test_bad_input_on_one_rank_is_the_same_error_on_all(ranks: RankPool, what: s
     assert len(set(messages)) == 1
     expected = "labels: expected -1 or 0 … 36" if what == "label" else "of the global batch is not finite"
     assert expected in messages[0]
+
+
+def _shapes(group: dist.ProcessGroup) -> list[str]:
+    head = PartialFC(num_classes=CLASSES, embedding_size=12, group=group)
+    inputs, labels = _data()
+    found = []
+    for x, y, margins in (
+        (inputs[0], labels[:1], None),
+        (inputs[:, :7], labels, None),
+        (inputs, labels[:3], None),
+        (inputs, labels, torch.zeros(3)),
+    ):
+        with pytest.raises(PartialFCInputError) as error:
+            head(x, y, class_margins_C=margins)
+        found.append(str(error.value))
+    with pytest.raises(ValueError, match=r"group: expected one"):
+        PartialFC(num_classes=CLASSES, embedding_size=12)
+    return found
+
+
+def test_shapes_that_do_not_fit_and_a_forgotten_group(ranks: RankPool) -> None:
+    for messages in ranks.run(2, _shapes):
+        assert all("expected embeddings (B, 12) and labels (B,)" in message for message in messages[:3])
+        assert "expected one margin for each of this rank's" in messages[3]
 
 
 def _state(group: dist.ProcessGroup, classes: int) -> dict[str, Any]:

@@ -48,7 +48,10 @@ def test_overrides_win_and_take_yaml_values() -> None:
     assert config.eval.sets == ("a.bin", "b.bin")
 
 
-@pytest.mark.parametrize("text", ["2024-11-24", "2024-13-45", "123", "1_000", "0x1F", "1:30", "on", "1.50", "a: b"])
+@pytest.mark.parametrize(
+    "text",
+    ["2024-11-24", "2024-13-45", "123", "1_000", "0x1F", "1:30", "on", "1.50", "a: b", "set #1", "@x", "{a", "*x"],
+)
 def test_overrides_of_text_are_taken_as_written(text: str) -> None:
     config = load_config(None, [f"train.output={text}", f"data.path = {text} ", f"model.backbone='{text}'"])
     assert (config.train.output, config.data.path, config.model.backbone) == (text, text, text)
@@ -113,7 +116,7 @@ def test_a_single_name_is_a_list_of_one() -> None:
         ("clustering.margin_low=0.9", "clustering.margin_low, margin_high: expected"),
         ("data.backend=mxnet", "data.backend: expected auto, dali or cpu, got 'mxnet'"),
         ("eval.sets=[1]", "eval.sets: expected a list of names, got [1]"),
-        ("data.path={a", "not valid YAML"),
+        ("eval.sets={a", "not valid YAML"),
         ("model.backbone=null", "model.backbone: expected text, in quotes where"),
     ],
 )
