@@ -100,7 +100,7 @@ def _session(leader: int) -> list[int]:
     return found
 
 
-def test_a_finished_run_is_left_as_it_is(train: Run, tmp_path: Path) -> None:
+def test_a_run_with_no_step_left_to_do_saves_no_checkpoint_again(train: Run, tmp_path: Path) -> None:
     assert train(1, "train.stop_after_steps=3").returncode == 0
     written = [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "run" / "checkpoints").rglob("*"))]
     again = train(1, "train.stop_after_steps=3")
