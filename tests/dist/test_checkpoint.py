@@ -125,7 +125,9 @@ def test_damage_and_code_in_a_checkpoint_are_refused(ranks: RankPool, tmp_path: 
     whole = part.read_bytes()
     part.write_bytes(whole[: len(whole) // 2])
     assert "damaged or not a checkpoint" in ranks.run(1, _latest_and_load, tmp_path)[0]
-    torch.save({"step": 1, "world_size": 1, "path": Path("x")}, part)  # an object outside the allow-list of weights_only
+    torch.save(
+        {"step": 1, "world_size": 1, "path": Path("x")}, part
+    )  # an object outside the allow-list of weights_only
     message = ranks.run(1, _latest_and_load, tmp_path)[0]
     assert "damaged or not a checkpoint" in message
     assert "\n" not in message

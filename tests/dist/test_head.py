@@ -225,9 +225,7 @@ def _sampled(group: dist.ProcessGroup, sample_rate: float, name: str) -> tuple[f
     x_ND, w_CD, labels_N, _ = _problem(case)
     config = HeadConfig(sample_rate=sample_rate, **SAMPLED[name][0])
     sparse = name != "dense gradient"
-    head = PartialFCHead(
-        num_classes=203, embedding_size=16, config=config, group=group, seed=1, sparse_gradient=sparse
-    )
+    head = PartialFCHead(num_classes=203, embedding_size=16, config=config, group=group, seed=1, sparse_gradient=sparse)
     head.settings = dataclasses.replace(head.settings, chunk=10)
     head.weight.data.copy_(w_CD[head.shard.start : head.shard.stop])
     world_size, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -255,7 +253,8 @@ def _drawn(classes: int, sample_rate: float, *, seed: int, step: int) -> set[int
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(
-    ("sample_rate", "name"), [(0.01, "plain"), *((0.3, name) for name in ("plain", "dense gradient", "combined", "filter"))]
+    ("sample_rate", "name"),
+    [(0.01, "plain"), *((0.3, name) for name in ("plain", "dense gradient", "combined", "filter"))],
 )
 def test_sampled_head_is_the_dense_head_over_the_sampled_classes(
     ranks: RankPool, world_size: int, sample_rate: float, name: str

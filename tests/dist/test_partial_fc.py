@@ -1,4 +1,4 @@
-"""`PartialFC` in a loop of one's own: DDP as it is by default, any optimizer, one process, clear errors on all ranks."""
+"""`PartialFC` in a loop of one's own: plain DDP, any optimizer, one process, the same clear errors on all ranks."""
 
 from __future__ import annotations
 
@@ -213,9 +213,7 @@ def _state(group: dist.ProcessGroup, classes: int) -> dict[str, Any]:
     ("world_size", "classes", "said"),
     [(2, 74, "num_classes = 74, this head has 37"), (2, 37, "world_size = 2, this head has 1")],
 )
-def test_a_state_that_does_not_fit_is_a_typed_error(
-    ranks: RankPool, world_size: int, classes: int, said: str
-) -> None:
+def test_a_state_that_does_not_fit_is_a_typed_error(ranks: RankPool, world_size: int, classes: int, said: str) -> None:
     state = ranks.run(world_size, _state, classes)[0]
     with pytest.raises(HeadStateError, match=said):
         PartialFC(num_classes=37, embedding_size=10).load_state_dict(state)
@@ -241,5 +239,5 @@ def test_the_example_of_the_readme_runs() -> None:
     (example,) = (block for block in blocks if "PartialFC" in block)
     assert len(example.strip().splitlines()) <= 16
     names: dict[str, Any] = {}
-    exec(example, names)  # noqa: S102
+    exec(example, names)
     assert torch.isfinite(names["loss"])

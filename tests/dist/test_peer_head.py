@@ -24,7 +24,10 @@ NAMES = [case["name"] for case in RECORDED[1]["cases"]]
 
 def _ours(group: dist.ProcessGroup, recorded: dict[str, Any], case: dict[str, Any]) -> tuple[float, Any, Any, int]:
     """By the rule in the fixture's README."""
-    rank, world, batch, dim, classes = dist.get_rank(group), *(recorded[k] for k in ("world", "batch", "dim", "classes"))
+    rank, world, batch, dim, classes = (
+        dist.get_rank(group),
+        *(recorded[k] for k in ("world", "batch", "dim", "classes")),
+    )
     g = np.random.default_rng(21 + recorded["seed"])
     w_CD = 0.05 * g.standard_normal((classes, dim))
     x_WBD = g.standard_normal((world, batch, dim))
