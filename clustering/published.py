@@ -25,7 +25,7 @@ from clustering.hardness import CountTable, agreement, cohesion, hard_level, wei
 from clustering.margins import class_margins, smallest_margin
 from clustering.shards import show_rows, unit_or
 from configs.schema import ClusteringConfig
-from partial_fc.collectives import GatheredBatch, all_reduce_
+from partial_fc.collectives import GatheredBatch, all_reduce_, extremes
 from sharding import Shard
 
 _TENSORS = (
@@ -187,10 +187,10 @@ def publish(
 
 def check_versions(version: int, group: dist.ProcessGroup, device: torch.device) -> None:
     """Raise ClusterStateError on all ranks when they do not stand at the same version. One all-reduce."""
-    extremes = all_reduce_(torch.tensor([version, -version], device=device), group, dist.ReduceOp.MAX).tolist()
-    if extremes[0] != -extremes[1]:
+    oldest, newest = extremes(version, group, device)
+    if oldest != newest:
         raise ClusterStateError(
-            f"ranks hold cluster versions from {-extremes[1]} to {extremes[0]}: resume all from the same checkpoint"
+            f"ranks hold cluster versions from {oldest} to {newest}: resume all from the same checkpoint"
         )
 
 

@@ -58,13 +58,16 @@ class SyntheticFaces:
 
     def pixels(self, identity: int, image: int) -> Pixels:
         """RGB uint8 (112, 112, 3), before compression."""
-        circumstances = self.circumstances(identity, image)
-        return draw_face(self.traits(identity), circumstances, self._rng(_SENSOR, identity, image))
+        return self._draw(identity, image, self.circumstances(identity, image))
 
     def jpeg(self, identity: int, image: int) -> bytes:
         """The image as a camera would have stored it."""
-        quality = self.circumstances(identity, image).quality
-        return bytes(simplejpeg.encode_jpeg(self.pixels(identity, image), quality, colorsubsampling="420"))
+        circumstances = self.circumstances(identity, image)
+        pixels = self._draw(identity, image, circumstances)
+        return bytes(simplejpeg.encode_jpeg(pixels, circumstances.quality, colorsubsampling="420"))
+
+    def _draw(self, identity: int, image: int, circumstances: Circumstances) -> Pixels:
+        return draw_face(self.traits(identity), circumstances, self._rng(_SENSOR, identity, image))
 
     def _draw_traits(self, identity: int) -> Traits:
         return draw_traits(self._rng(_TRAITS, identity, 0), spread=self.difficulty_spread)

@@ -95,6 +95,12 @@ def gather_batch(
     return GatheredBatch(x_ND, meta_N2[:, 0].contiguous(), meta_N2[:, 1].contiguous(), group)
 
 
+def extremes(value: int, group: dist.ProcessGroup | None, device: torch.device) -> tuple[int, int]:
+    """The smallest and the largest of all ranks' values. One all-reduce, on `device`; waits for it."""
+    both = all_reduce_(torch.tensor([value, -value], device=device), group, dist.ReduceOp.MAX).tolist()
+    return -both[1], both[0]
+
+
 def all_reduce_(
     tensor: Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> Tensor:

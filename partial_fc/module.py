@@ -15,7 +15,7 @@ from partial_fc.head import PartialFCHead
 
 
 class PartialFCInputError(ValueError):
-    """Embeddings or labels of the global batch are not what the head takes; raised on all ranks alike."""
+    """Embeddings, labels or margins that the head cannot take; `PartialFC.forward` says on which ranks it is raised."""
 
 
 class _Multiply(torch.autograd.Function):

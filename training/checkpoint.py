@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from partial_fc.collectives import all_reduce_
+from partial_fc.collectives import extremes
 from training.distributed import Ranks
 
 _LATEST = "latest"
@@ -153,9 +152,7 @@ def check_same_checkpoint(path: Path | None, ranks: Ranks) -> None:
     Ranks that started at different steps would run different collectives and wait for each other for ever.
     """
     step = -1 if path is None else int(path.name.removeprefix("step_"))
-    extremes = torch.tensor([step, -step], device=ranks.device)
-    all_reduce_(extremes, ranks.group, dist.ReduceOp.MAX)
-    newest, oldest = extremes[0].item(), -extremes[1].item()
+    oldest, newest = extremes(step, ranks.group, ranks.device)
     if newest != oldest:
         said = "no checkpoint" if oldest < 0 else f"step {oldest}"
         raise CheckpointError(

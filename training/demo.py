@@ -91,10 +91,10 @@ def pack(folder: Path, size: Size) -> None:
     some = SyntheticFaces(identities=8, seed=0)
     drawn = hashlib.sha256(b"".join(some.jpeg(identity, 0) for identity in range(8))).hexdigest()
     receipt, text = folder / "packed_by.txt", f"{shlex.join(command)}\n{drawn}\n"
-    if receipt.is_file() and receipt.read_text(encoding="utf-8") == text:
-        print("already there, packed by the same command")
-        return
     if receipt.is_file():
+        if receipt.read_text(encoding="utf-8") == text:
+            print("already there, packed by the same command")
+            return
         receipt.unlink()
     _call(*command)
     receipt.write_text(text, encoding="utf-8")

@@ -151,8 +151,7 @@ class Trainer:
     def _save(self) -> None:
         if self.step == self._saved:
             return  # nothing has happened since the checkpoint that this run goes on from
-        if self.meter.diverged:
-            raise self._diverged()
+        self._refuse_diverged()
         self.checkpoints.save(self.step, self._state())
         self._saved = self.step
 
@@ -250,8 +249,7 @@ class Trainer:
         losses = " ".join(f"{name} {values[f'loss/{name}']:.3f}" for name in ("margin", "contrastive", "alignment"))
         rate = values["throughput/images_per_second"]
         self.log.scalars(self.step, values, f"loss {values['loss/total']:.3f} ({losses})  {rate:.0f} img/s")
-        if self.meter.diverged:
-            raise self._diverged()
+        self._refuse_diverged()
         bad, limit = values["data/images_that_did_not_decode"], self.config.data.max_bad_images
         if bad > limit:
             raise TrainingError(
@@ -259,11 +257,12 @@ class Trainer:
                 "them; repair the records, or raise the limit"
             )
 
-    def _diverged(self) -> TrainingError:
-        return TrainingError(
-            f"the loss or its gradient is no longer finite at step {self.step}: lower optim.lr, add "
-            "optim.warmup_epochs, or use --set train.precision=fp32; the newest checkpoint is from before"
-        )
+    def _refuse_diverged(self) -> None:
+        if self.meter.diverged:
+            raise TrainingError(
+                f"the loss or its gradient is no longer finite at step {self.step}: lower optim.lr, add "
+                "optim.warmup_epochs, or use --set train.precision=fp32; the newest checkpoint is from before"
+            )
 
     def _histograms(self) -> None:
         """Margins and hard levels of all classes: each rank counts its own, one all-reduce adds them."""

@@ -213,8 +213,7 @@ def _draw_beard(canvas: Canvas, head: Head, mouth_width: float, gap: float) -> N
             (0, y - t.upper_lip - 0.2),
         ]
     )
-    if t.beard in ("moustache", "goatee", "full", "stubble"):
-        canvas.blend(smooth(head.place(mirrored(moustache), 1)), shade(t.brow, 0.95), opacity, 2)
+    canvas.blend(smooth(head.place(mirrored(moustache), 1)), shade(t.brow, 0.95), opacity, 2)  # of every beard
     if t.beard == "goatee":
         tuft = np.array(
             [(0, y + t.lower_lip + gap + 1.4), (7, y + t.lower_lip + gap + 2), (7.5, t.chin_y - 3), (0, t.chin_y + 1)]
