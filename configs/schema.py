@@ -130,6 +130,8 @@ class ClusteringConfig:
     """Share of all steps trained as plain ArcFace."""
     ramp_fraction: float = 0.1
     """Share of all steps over which the cluster terms then grow linearly to full weight."""
+    margin_rule: Literal["hard_level", "kappaface"] = "hard_level"
+    """Margins from our hard level, or KappaFace's share of head.margin; that reads none of the next four settings."""
     direction: Literal[-1, 0, 1] = 1
     """+1: harder classes get larger margins; -1: smaller; 0: one margin for all."""
     margin_delta: float = 0.1
@@ -144,6 +146,8 @@ class ClusteringConfig:
     """lambda_scc: pull features to their cluster centre."""
     alignment_weight: float = 0.1
     """lambda_al: align class centres with their cluster centres."""
+    hard_negatives: int = 0
+    """With head.sample_rate below 1: nearest other classes of each row's class that also take part in a step."""
 
     def __post_init__(self) -> None:
         at = "clustering."
@@ -159,6 +163,8 @@ class ClusteringConfig:
         for name in ("purity_weight", "warmup_fraction", "ramp_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, at + name, value, "0 to 1")
+        rules = ("hard_level", "kappaface")
+        _require(self.margin_rule in rules, at + "margin_rule", self.margin_rule, "hard_level or kappaface")
         _require(self.direction in (-1, 0, 1), at + "direction", self.direction, "-1, 0 or 1")
         _require(self.margin_delta >= 0, at + "margin_delta", self.margin_delta, "0 or more")
         _require(
@@ -173,7 +179,7 @@ class ClusteringConfig:
             self.temperature,
             "more than 0.02 (exp(1/tau) must fit float32)",
         )
-        for name in ("contrastive_weight", "alignment_weight"):
+        for name in ("contrastive_weight", "alignment_weight", "hard_negatives"):
             value = getattr(self, name)
             _require(value >= 0, at + name, value, "0 or more")
 
@@ -295,8 +301,10 @@ class RunConfig:
         c = self.clustering
         if c.enabled:
             _require(
-                c.margin_low <= self.head.margin <= c.margin_high,
+                c.margin_rule == "kappaface" or c.margin_low <= self.head.margin <= c.margin_high,
                 "head.margin",
                 self.head.margin,
                 f"within clustering.margin_low … margin_high ({c.margin_low} … {c.margin_high})",
             )
+            name, value = "clustering.hard_negatives", c.hard_negatives
+            _require(value == 0 or self.head.sample_rate < 1, name, value, "0, as head.sample_rate=1 draws every class")

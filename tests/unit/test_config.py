@@ -48,6 +48,12 @@ def test_overrides_win_and_take_yaml_values() -> None:
     assert config.eval.sets == ("a.bin", "b.bin")
 
 
+def test_what_another_setting_allows() -> None:
+    assert load_config(None, ["clustering.hard_negatives=8", "head.sample_rate=0.1"]).clustering.hard_negatives == 8
+    assert load_config(None, ["clustering.hard_negatives=8", "clustering.enabled=false"]).head.sample_rate == 1
+    assert load_config(None, ["clustering.margin_rule=kappaface", "head.margin=0.8"]).head.margin == 0.8
+
+
 @pytest.mark.parametrize(
     "text",
     ["2024-11-24", "2024-13-45", "123", "1_000", "0x1F", "1:30", "on", "1.50", "a: b", "set #1", "@x", "{a", "*x"],
@@ -111,6 +117,12 @@ def test_a_single_name_is_a_list_of_one() -> None:
         ("head.scale=128.5", "head.scale: expected 0 < scale <= 128"),
         ("head.chunk_classes=10", "head.chunk_classes: unknown setting"),
         ("head.margin=0.9", "head.margin: expected within clustering.margin_low"),
+        ("clustering.hard_negatives=-1", "clustering.hard_negatives: expected 0 or more, got -1"),
+        (
+            "clustering.hard_negatives=8",
+            "clustering.hard_negatives: expected 0, as head.sample_rate=1 draws every class",
+        ),
+        ("clustering.margin_rule=magface", "clustering.margin_rule: expected hard_level or kappaface, got 'magface'"),
         ("clustering.direction=2", "clustering.direction: expected -1, 0 or 1, got 2"),
         ("clustering.temperature=0.001", "clustering.temperature: expected more than 0.02"),
         ("clustering.margin_low=0.9", "clustering.margin_low, margin_high: expected"),
