@@ -19,11 +19,14 @@ from partial_fc.collectives import gather_batch
 from partial_fc.head import PartialFCHead
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors" / "partial_fc_v2_world1.json"
-MARGIN, SCALE = 0.5, 64.0
+MARGIN, SCALE = (
+    0.5,
+    16.0,
+)  # 64, the peer's own, is in the recorded cases: there its losses end at -log(1e-30), ours do not
 
 
 def _problem(classes: int, batch: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows near their centres, so that losses are not all alike, and far enough for theirs to keep its digits."""
+    """Rows somewhat near their centres: neither certain of their class, where theirs loses digits, nor far from it."""
     g = torch.Generator().manual_seed(classes)
     w_CD = torch.randn(classes, dim, generator=g) * 0.1
     labels_B = torch.randint(0, classes, (batch,), generator=g)
