@@ -4,7 +4,7 @@ All ranks make it together, at the same step, from the same run of k-means, and 
 Between refreshes only the centres move, by the batch's samples (`Published.move`).
 
 Legend: N rows of the global batch, D embedding size, P samples of this rank's classes, R its classes, C all
-classes, K clusters, S clusters of this rank.
+classes, K clusters, S clusters of this rank, k neighbours of a class.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from clustering.contrastive import Candidates
 from clustering.dist_kmeans import KMeansRun
 from clustering.errors import ClusterStateError
 from clustering.hardness import CountTable, agreement, cohesion, hard_level, weighted_mean
+from clustering.kappaface import kappaface_margins
 from clustering.margins import class_margins, smallest_margin
+from clustering.neighbours import nearest_classes
 from clustering.shards import show_rows, unit_or
 from configs.schema import ClusteringConfig
 from partial_fc.collectives import GatheredBatch, all_reduce_, extremes
@@ -30,7 +32,7 @@ from sharding import Shard
 
 _TENSORS = (
     "c_SD", "anchor_RD", "code_I", "class_K", "owner_K", "weight_K", "f_R", "hard_R", "samples_R",
-    "margin_R", "smallest",
+    "margin_R", "smallest", "neighbour_Ck",
 )  # fmt: skip
 
 
@@ -61,6 +63,8 @@ class Published:
     """float64 margins at full strength."""
     smallest: Tensor
     """float64 scalar, on every rank: the smallest of all classes' margins, which suspects get."""
+    neighbour_Ck: Tensor
+    """int32, on every rank: the classes nearest to each class when this was published, -1 for none; k may be 0."""
     statistics: dict[str, float]
     """Scalars for the log, over all ranks."""
 
@@ -101,6 +105,11 @@ class Published:
             # Added, not stored: rows that lie elsewhere add zero to some row here, in any order.
             rows_XD.index_add_(0, row_N, torch.where(here_N[:, None], new_ND - old_ND, 0))
 
+    def neighbours(self, batch: GatheredBatch) -> Tensor:
+        """Nearest classes of each row's class, int64 (N x k,); -1 for none or an unlabelled row. No host sync."""
+        neighbour_Nk = self.neighbour_Ck[batch.labels_N.clamp_min(0)].long()
+        return torch.where(batch.labels_N[:, None] >= 0, neighbour_Nk, -1).flatten()
+
     def candidates(self, shard: Shard) -> Candidates:
         """This rank's columns of the contrastive loss: views, moving with the centres."""
         own = slice(shard.start, shard.stop)
@@ -133,7 +142,7 @@ def publish(
     """Turn a finished run into the next version. Every rank calls it at the same step.
 
     Raises ClusterStateError, on all ranks, when ranks stand at different versions. Collectives: one broadcast a
-    rank, one all-reduce of an int32 a sample, those of the matching and of the margins, and some of one K each.
+    rank, one all-reduce of an int32 a sample, those of the matching, margins and neighbours, and some of one K each.
     """
     version = 1 if previous is None else previous.version + 1
     check_versions(version, group, bank.class_P.device)
@@ -150,26 +159,30 @@ def publish(
     hard_R = hard_level(f_R, rho_R, n_R, purity_weight=config.purity_weight, shrinkage=config.shrinkage, group=group)
     if previous is not None:
         hard_R = torch.lerp(hard_R, previous.hard_R, config.hard_level_momentum)
-    margin_R = class_margins(
-        hard_R,
-        n_R,
-        margin=margin,
-        low=config.margin_low,
-        high=config.margin_high,
-        delta=config.margin_delta,
-        direction=config.direction,
-        group=group,
-    )
+    if config.margin_rule == "kappaface":
+        margin_R = kappaface_margins(rho_R, n_R, dim=sums_RD.shape[1], margin=margin, group=group)
+    else:
+        margin_R = class_margins(
+            hard_R,
+            n_R,
+            margin=margin,
+            low=config.margin_low,
+            high=config.margin_high,
+            delta=config.margin_delta,
+            direction=config.direction,
+            group=group,
+        )
     class_K, owner_K = match_classes(table, group)
     code_P = torch.where(counted_P, cluster_P + 1, -cluster_P - 1).int()
     code_I = torch.zeros(bank.num_samples, dtype=torch.int32, device=code_P.device)
     code_I[bank.sample_P] = code_P
     moved = code_I.new_zeros(()) if previous is None else (code_P.abs() != previous.code_I[bank.sample_P].abs()).sum()
     all_reduce_(code_I, group)
+    anchor_RD = _anchors(run, class_K, sums_RD, bank.shard, group)
     published = Published(
         version=version,
         c_SD=run.centres_SD.float(),
-        anchor_RD=_anchors(run, class_K, sums_RD, bank.shard, group),
+        anchor_RD=anchor_RD,
         code_I=code_I,
         class_K=class_K,
         owner_K=owner_K,
@@ -179,6 +192,7 @@ def publish(
         samples_R=samples_R,
         margin_R=margin_R,
         smallest=smallest_margin(margin_R, margin, group),
+        neighbour_Ck=nearest_classes(anchor_RD, num_classes, config.hard_negatives, group),
         statistics={},
     )
     published.statistics = _summary(published, size_K, table, int(all_reduce_(moved.long(), group)), group)

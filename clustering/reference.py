@@ -5,6 +5,9 @@ Legend: N samples, C classes, K clusters, D embedding size. T is the dense (C, K
 
 from __future__ import annotations
 
+import math
+import statistics
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,6 +83,42 @@ def dense_margins(
         else:
             above = b
     return (margin + t_C + b).clamp(low, high)
+
+
+def dense_kappaface(x_ND: Tensor, labels_N: Tensor, C: int, margin: float) -> list[float]:
+    """KappaFace's margins as the head of `clustering.kappaface` says, from unit rows and Python numbers."""
+    n_C = [int((labels_N == y).sum()) for y in range(C)]
+    D = x_ND.shape[1]
+    kappa_C = [math.nan] * C
+    for y, n in enumerate(n_C):
+        r2 = float((x_ND[labels_N == y].double().sum(0) / max(n, 1)).norm()) ** 2
+        if n > 1 and 1 - r2 > 2**-10:
+            kappa_C[y] = math.sqrt(r2) * (D - r2) / (1 - r2)
+    largest = max((kappa for kappa in kappa_C if not math.isnan(kappa)), default=0.0)
+    kappa_C = [largest if math.isnan(kappa) else kappa for kappa in kappa_C]
+    counted = [kappa for kappa, n in zip(kappa_C, n_C, strict=True) if n > 0]
+    mean, deviation = (statistics.fmean(counted), statistics.pstdev(counted)) if counted else (0.0, 0.0)
+    margins = []
+    for kappa, n in zip(kappa_C, n_C, strict=True):
+        standard = 0.0 if deviation <= 1e-6 * mean else (kappa - mean) / deviation
+        w_k = 1 - 1 / (1 + math.exp(-0.4 * standard))
+        w_s = (math.cos(math.pi * n / max(1, *n_C)) + 1) / 2
+        margins.append(margin * (0.7 * w_k + 0.3 * w_s) if n > 0 else margin)
+    return margins
+
+
+def dense_neighbours(anchor_CD: Tensor, count: int) -> list[list[int]]:
+    """Of each class the `count` other classes by (cosine in steps of 2^-16, descending, class), then -1.
+
+    A class whose anchor is a zero row has none and is nobody's.
+    """
+    level_CC = (anchor_CD.double() @ anchor_CD.double().T * 2**16).round()
+    seen = [bool(anchor_D.any()) for anchor_D in anchor_CD]
+    table = []
+    for y in range(len(seen)):
+        others = sorted((-float(level_CC[y, c]), c) for c in range(len(seen)) if c != y and seen[c] and seen[y])
+        table.append(([c for _, c in others] + [-1] * count)[:count])
+    return table
 
 
 def greedy_matching(t_CK: Tensor) -> list[int]:

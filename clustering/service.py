@@ -2,9 +2,9 @@
 
     observe(batch)    after each micro-batch: bank and centres take its embeddings in
     advance(step)     after each optimizer step: a few slices of the refresh under way; publishes at its end
-    row_margins, contrastive, alignment, ramp     read by the losses of a step
+    row_margins, hard_classes, contrastive, alignment, ramp     read by the losses of a step
 
-Legend: N rows of the global batch, D embedding size, R classes of this rank, K clusters.
+Legend: N rows of the global batch, D embedding size, R classes of this rank, K clusters, M = N x k hard classes.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ class ClusterService:
         """labels: class of every training sample, the same on all ranks. dim: D. margin: m0, the head's.
 
         bank_dtype: of the stored embeddings. product_dtype: operands of the contrastive loss's matrix products.
-        Raises ValueError when labels are not in [0, num_classes) or the margin is outside the config's bounds.
+        Raises ValueError when labels are not in [0, num_classes) or the margin is outside the config's bounds
+        (KappaFace's margins have none).
         """
-        if not config.margin_low <= margin <= config.margin_high:
+        if config.margin_rule != "kappaface" and not config.margin_low <= margin <= config.margin_high:
             raise ValueError(
                 f"margin: expected {config.margin_low} … {config.margin_high} (clustering.margin_low, margin_high), "
                 f"got {margin}"
@@ -121,6 +122,15 @@ class ClusterService:
         _, suspect_N = self._published.cluster_of(batch)
         smallest = ramped(self._published.smallest, self.margin, self.ramp(self._done))
         return torch.where(suspect_N & here_N, smallest, margin_N)
+
+    def hard_classes(self, batch: GatheredBatch) -> Tensor | None:
+        """The `hard_negatives` nearest classes of each row's class, int64 (M,), repetitions and -1 for none among them.
+
+        The same on every rank. None while the ramp is 0, or without such a setting. No collective, no host sync.
+        """
+        if self._published is None or not self.config.hard_negatives or self.ramp(self._done) == 0:
+            return None
+        return self._published.neighbours(batch)
 
     def contrastive(self, batch: GatheredBatch) -> Tensor:
         """L_scc, a scalar (`clustering.contrastive`); a zero without graph before the first publication."""
