@@ -6,9 +6,9 @@
     w_s   = (cos(pi n / n_max) + 1) / 2                 n_max: samples of the largest class
     m     = m0 (0.7 w_k + 0.3 w_s),  T = 0.4
 
-These are the paper's formulas. The paper's text gives a share gamma to w_s and 1 - gamma to w_k; its authors' program
-gives gamma = 0.7 to w_k, and its results come from there: so do the shares above and T. That program also divides n by
-1.05 n_max; here n_max is the paper's.
+These are the formulas of the paper's first version, as others quote them; the paper itself was not at hand. It gives
+the share gamma to w_s and 1 - gamma to w_k; its authors' program gives gamma = 0.7 to w_k. The shares above and T are
+the program's. It also divides n by 1.05 n_max, where n_max stands here and in the text.
 
 Ours, where theirs has no value:
 
