@@ -1,15 +1,20 @@
-"""What a benchmark result must say beside its figures: hardware, load, date, versions, commit, command."""
+"""Results and their files: figures, and beside them hardware, load, date, versions, commit and command."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 
 def facts(device: torch.device, module: str, arguments: Sequence[str]) -> dict[str, str]:
@@ -68,3 +73,50 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """All columns to the right."""
     rule = ["---:"] * len(header)
     return "".join("| " + " | ".join(cells) + " |\n" for cells in (header, rule, *rows))
+
+
+def digits(value: float) -> str:
+    """Three of them, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """The least and the largest."""
+    return f"{digits(min(values))} … {digits(max(values))}"
+
+
+def publish(
+    title: str,
+    header: Sequence[str],
+    texts: Sequence[Sequence[str]],
+    *,
+    about: Mapping[str, str],
+    rows: Sequence[Mapping[str, Any]],
+    out: Path | None,
+    only_in_file: Sequence[str] = (),
+) -> None:
+    """Print the table and what is said about it; write both to `out` in Markdown, and beside it the rows as JSON.
+
+    texts: cells of each row, as `header` names them; the second column is text. only_in_file: columns that a terminal
+    has no room for. The JSON file is `out` with the ending .json: title, about, and rows with every single time.
+    """
+    shown = [number for number, name in enumerate(header) if name not in only_in_file]
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for number in shown:
+        table.add_column(header[number], justify="left" if number == 1 else "right", no_wrap=number <= 1)
+    for number, text in enumerate(texts):
+        last_of_its_kind = number + 1 == len(texts) or texts[number + 1][0] != text[0]
+        table.add_row(*(text[column] for column in shown), end_section=last_of_its_kind)
+    console = Console()
+    console.print(table)
+    for name, value in about.items():
+        console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
+    if out is None:
+        return
+    lines = "".join(f"- {name}: {value}\n" for name, value in about.items())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(f"# {title}\n\n{lines}\n{markdown_table(header, texts)}", encoding="utf-8")
+    data = {"title": title, "about": dict(about), "rows": [dict(row) for row in rows]}
+    beside = out.with_suffix(".json")
+    beside.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    console.print(f"written to {out} and {beside}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,152 @@
+"""The heads that `benchmarks.head` compares, on the same centres and batch, each with its optimizer.
+
+Legend: B rows of the batch, D embedding size, C classes, S of them that take part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.partial_fc_style import partial_fc_style_loss
+from benchmarks.rivals import RIVALS, RivalLoss, load_rivals, rival_margin_free_loss
+from configs.schema import HeadConfig
+from partial_fc.collectives import gather_batch
+from partial_fc.head import PartialFCHead
+from partial_fc.optim import CentreSGD
+from partial_fc.reference import dense_margin_softmax
+from training.distributed import Ranks
+from training.timing import Stopwatch
+
+STYLE, DENSE, OURS = "partial_fc_style", "dense", "ours"
+_LR, _MOMENTUM, _DECAY = 0.01, 0.9, 5e-4
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arm:
+    """A head at a sample rate. STYLE: insightface's algorithm. DENSE: plain autograd. OURS. Or one of RIVALS."""
+
+    kind: str
+    rate: float = 1.0
+
+    def __str__(self) -> str:
+        return self.kind if self.rate == 1 else f"{self.kind}, rate {self.rate:g}"
+
+    @property
+    def baseline(self) -> Arm:
+        """What its figures are divided by."""
+        return Arm(STYLE, self.rate)
+
+    def centres(self, classes: int, positives: int) -> int:
+        """S, on average. Ours draws the rate's share of the classes beside the batch's; theirs counts those in."""
+        if self.rate == 1:
+            return classes
+        if self.kind == OURS:
+            return round(self.rate * classes + (1 - self.rate) * positives)
+        return max(int(self.rate * classes), positives)
+
+    def bytes_needed(self, classes: int, batch: int, dim: int) -> int:
+        """What a process with all heads holds at this one's peak, in float32 arrays (C, D), (S, D) and (B, S).
+
+        Centres, two momenta and a dense gradient are as large as the shard; the rest is what the step makes, rounded
+        up.
+        """
+        sampled = round(self.rate * classes)
+        rows, logits = {STYLE: (4, 5), DENSE: (4, 5), OURS: (3, 1)}.get(self.kind, (5, 1))
+        return 4 * (4 * classes * dim + rows * sampled * dim + logits * batch * sampled)
+
+
+def arms_of(rates: Sequence[float], device: torch.device) -> tuple[list[Arm], dict[str, str]]:
+    """The heads to compare, the baseline of each rate first, and why others are left out."""
+    losses, left_out = load_rivals(device)
+    arms = [Arm(kind, rate) for rate in sorted(set(rates), reverse=True) for kind in (STYLE, DENSE, OURS, *losses)]
+    return [arm for arm in arms if arm.rate == 1 or arm.kind in (STYLE, OURS)], left_out
+
+
+class Problem:
+    """Centres, a batch and the optimizers; every head works on the same ones."""
+
+    def __init__(self, classes: int, *, batch: int, dim: int, seed: int, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.bf16 = ranks.device.type == "cuda"
+        self.head = PartialFCHead(
+            num_classes=classes,
+            embedding_size=dim,
+            config=HeadConfig(),
+            group=ranks.group,
+            seed=seed,
+            product_dtype=torch.bfloat16 if self.bf16 else torch.float32,
+        ).to(ranks.device)
+        generator = torch.Generator().manual_seed(seed)
+        self.labels_B = torch.randint(0, classes, (batch,), generator=generator).to(ranks.device)
+        noise_BD = F.normalize(torch.randn(batch, dim, generator=generator)).to(ranks.device)
+        # Half-learned rows. Of random ones the baseline cuts the losses off, and the heads could not be compared.
+        x_BD = F.normalize(noise_BD + 0.5 * F.normalize(self.head.weight.data[self.labels_B]))
+        self.x_BD = x_BD.requires_grad_()
+        self.margins_C = torch.full((classes,), self.head.config.margin, device=ranks.device)
+        # The same memory under a parameter of its own: what our optimizer ties to the head's is not seen by the others.
+        self.w_CD = nn.Parameter(self.head.weight.data)
+        self.plain_sgd = torch.optim.SGD([self.w_CD], lr=_LR, momentum=_MOMENTUM, weight_decay=_DECAY)
+        self.centre_sgd = CentreSGD([self.head.weight], lr=_LR, momentum=_MOMENTUM, weight_decay=_DECAY)
+        self.rivals: dict[str, RivalLoss] = load_rivals(ranks.device)[0]
+
+    @property
+    def positives(self) -> int:
+        """Classes of the batch."""
+        return len(self.labels_B.unique())
+
+    def loss(self, arm: Arm, turn: int) -> Tensor:
+        """turn: seeds the sampling of ours."""
+        config = self.head.config
+        if arm.kind in RIVALS:
+            return rival_margin_free_loss(
+                self.rivals[arm.kind], self.x_BD, self.w_CD, self.labels_B, scale=config.scale
+            )
+        if arm.kind == STYLE:
+            return partial_fc_style_loss(
+                self.x_BD,
+                self.w_CD,
+                self.labels_B,
+                margin=config.margin,
+                scale=config.scale,
+                sample_rate=arm.rate,
+                bf16=self.bf16,
+            )
+        if arm.kind == DENSE:
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.bf16):
+                return dense_margin_softmax(self.x_BD, self.w_CD, self.labels_B, self.margins_C, scale=config.scale)
+        self.head.config = dataclasses.replace(config, sample_rate=arm.rate)
+        ids_B = torch.arange(len(self.x_BD), device=self.ranks.device)
+        loss: Tensor = self.head(gather_batch(self.x_BD, self.labels_B, ids_B, self.ranks.group), step=turn)
+        return loss
+
+    def step(self, arm: Arm, turn: int) -> tuple[float, float]:
+        """Seconds of forward and backward, and of the optimizer. Gradients are gone when it begins and when it ends."""
+        learn, update = Stopwatch(self.ranks.device), Stopwatch(self.ranks.device)
+        optimizer = self.centre_sgd if arm.kind == OURS else self.plain_sgd
+        with learn:
+            self.loss(arm, turn).backward()
+        with update:
+            optimizer.step()
+        seconds = learn.take(), update.take()
+        optimizer.zero_grad(set_to_none=True)
+        self.x_BD.grad = None
+        return seconds
+
+    @torch.no_grad()
+    def check(self, arms: Sequence[Arm]) -> None:
+        """Over all classes the heads must mean the same loss, or their times say nothing.
+
+        Rivals have no margin and are left out. Raises RuntimeError.
+        """
+        losses = {arm: self.loss(arm, 0).item() for arm in arms if arm.rate == 1 and arm.kind not in RIVALS}
+        if not losses:
+            return
+        low, high = min(losses.values()), max(losses.values())
+        if not high - low <= (0.05 if self.bf16 else 1e-4) * abs(high):
+            told = ", ".join(f"{arm}: {loss}" for arm, loss in losses.items())
+            raise RuntimeError(f"heads disagree about the loss: {told}")
