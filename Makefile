@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench interop clean
+.PHONY: help setup demo test lint format bench bench-gpu interop clean
 
 help:  ## what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
 
 setup: $(STAMP)  ## create .venv with the exact versions of constraints.txt
 
@@ -31,8 +31,24 @@ format: $(STAMP)  ## let ruff write the format and mend what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP)  ## benchmarks that run on this machine
-	@$(BIN)/python -m benchmarks.head
+bench: $(STAMP)  ## benchmarks that run on this machine, some ten minutes on 2 cores; a plot in runs/bench
+	@$(BIN)/python -m benchmarks.head --plot runs/bench/head.png
+	@$(BIN)/python -m benchmarks.optim
+	@$(BIN)/python -m benchmarks.collectives
+
+# Results are named by theme, GPU and date.
+GPUS = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | wc -l)
+ON_GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr 'A-Z ' 'a-z-')_$(shell date -u +%F)
+RESULTS := benchmarks/results
+
+bench-gpu: $(STAMP)  ## the same on GPUs at larger sizes, with results to commit
+	@[ $(GPUS) -gt 0 ] || { echo "error: nvidia-smi names no GPU here: use 'make bench'" >&2; exit 2; }
+	@$(BIN)/python -m benchmarks.head --device cuda --batch 1024 --classes 93431 360232 2059906 --rates 1 0.3 0.1 \
+		--repeats 10 --warmup 3 --out $(RESULTS)/head_$(ON_GPU).md --plot $(RESULTS)/head_$(ON_GPU).png
+	@$(BIN)/python -m benchmarks.optim --device cuda --batch 128 --classes 360232 2059906 --repeats 10 --warmup 3 \
+		--out $(RESULTS)/optim_$(ON_GPU).md
+	@[ $(GPUS) -lt 2 ] || $(BIN)/python -m benchmarks.collectives --device cuda --ranks $(GPUS) \
+		--out $(RESULTS)/collectives_$(ON_GPU).md
 
 interop: $(STAMP)  ## genuine mxnet reads what we write, and we read what it writes (own environment, Python <= 3.11)
 	@sh tests/interop/run.sh

@@ -85,7 +85,7 @@ class Problem:
         self.labels_B = torch.randint(0, classes, (batch,), generator=generator).to(ranks.device)
         noise_BD = F.normalize(torch.randn(batch, dim, generator=generator)).to(ranks.device)
         # Half-learned rows. Of random ones the baseline cuts the losses off, and the heads could not be compared.
-        x_BD = F.normalize(noise_BD + 0.5 * F.normalize(self.head.weight.data[self.labels_B]))
+        x_BD = F.normalize(noise_BD + 0.5 * F.normalize(self.head.weight.data[self.labels_B].float()))
         self.x_BD = x_BD.requires_grad_()
         self.margins_C = torch.full((classes,), self.head.config.margin, device=ranks.device)
         # The same memory under a parameter of its own: what our optimizer ties to the head's is not seen by the others.

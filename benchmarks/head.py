@@ -11,6 +11,7 @@ Legend: B rows of the batch, D embedding size, C classes, S of them that take pa
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,9 @@ def why_not(arm: Arm, classes: int, args: argparse.Namespace, device: torch.devi
 
 def measure(classes: int, arms: Sequence[Arm], peak: float, args: argparse.Namespace, ranks: Ranks) -> list[Row]:
     """A row for each head. Memory first, in processes of their own; then times, in turns. peak: flops a second."""
+    gc.collect()  # what an earlier number of classes left behind
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
     skipped = {arm: why_not(arm, classes, args, ranks.device) for arm in arms}
     running = [arm for arm in arms if not skipped[arm]]
     extra = {
