@@ -10,14 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.checks import ConfigError, require
+from configs.head import HeadConfig
 
-class ConfigError(ValueError):
-    """A setting is missing, unknown or out of range; the message says which, what was got, and what is expected."""
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+__all__ = [
+    "ClusteringConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "HeadConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "TrainConfig",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,10 +44,10 @@ class DataConfig:
     """Images that do not decode are skipped and counted; all ranks stop together above this many in an epoch."""
 
     def __post_init__(self) -> None:
-        _require(self.backend in ("auto", "dali", "cpu"), "data.backend", self.backend, "auto, dali or cpu")
-        _require(self.threads >= 1, "data.threads", self.threads, "at least 1")
-        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
-        _require(self.max_bad_images >= 0, "data.max_bad_images", self.max_bad_images, "0 or more")
+        require(self.backend in ("auto", "dali", "cpu"), "data.backend", self.backend, "auto, dali or cpu")
+        require(self.threads >= 1, "data.threads", self.threads, "at least 1")
+        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+        require(self.max_bad_images >= 0, "data.max_bad_images", self.max_bad_images, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,50 +60,8 @@ class ModelConfig:
     """D, components of an embedding."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.backbone), "model.backbone", self.backbone, "a name of backbones.names()")
-        _require(self.embedding_size >= 2, "model.embedding_size", self.embedding_size, "at least 2")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadConfig:
-    """The sharded margin softmax over class centres (Partial FC)."""
-
-    loss: Literal["arcface", "cosface", "combined"] = "arcface"
-    """arcface: cos(theta + m), m in radians. cosface: cos(theta) - m. combined: cos(m1 theta + m) - m3."""
-    margin: float = 0.5
-    """m0, the margin of every class until clusters guide it; their sample-weighted mean stays m0."""
-    m1: float = 1.0
-    """Of combined: multiplies the angle, 1 or more."""
-    m3: float = 0.0
-    """Of combined: taken from the cosine."""
-    straight_through: bool = False
-    """insightface's gradient, which leaves the margin's own derivative out, in place of the exact one."""
-    interclass_filter: float = 0.0
-    """Above 0: cosines of other classes above it count as 0, as insightface's filter of label noise; 0: off."""
-    scale: float = 64.0
-    """s, the logits' scale; 30 suits fewer than some thousand classes.
-    Up to 128, and 10^9 classes, exp() of every class within 100 degrees lies in float32's range (docs/numerics.md)."""
-    sample_rate: float = 1.0
-    """Share of the class centres that is drawn for a step; the classes of the batch always take part."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.loss in ("arcface", "cosface", "combined"), "head.loss", self.loss, "arcface, cosface or combined"
-        )
-        alone = self.loss != "combined"
-        _require(1 <= self.m1 <= 8 and not (alone and self.m1 != 1), "head.m1", self.m1, "1 to 8; 1 unless combined")
-        _require(0 <= self.m3 < 1 and not (alone and self.m3), "head.m3", self.m3, "0 <= m3 < 1; 0 unless combined")
-        _require(alone or not self.straight_through, "head.straight_through", True, "false with head.loss=combined")
-        name, value = "head.interclass_filter", self.interclass_filter
-        _require(0 <= value < 1, name, value, "0 (off) to below 1")
-        _require(0 <= self.margin < 1.5, "head.margin", self.margin, "0 <= margin < 1.5")
-        _require(
-            0 < self.scale <= 128,
-            "head.scale",
-            self.scale,
-            "0 < scale <= 128 (exp() of ordinary cosines must fit float32)",
-        )
-        _require(0 < self.sample_rate <= 1, "head.sample_rate", self.sample_rate, "0 < sample_rate <= 1")
+        require(bool(self.backbone), "model.backbone", self.backbone, "a name of backbones.names()")
+        require(self.embedding_size >= 2, "model.embedding_size", self.embedding_size, "at least 2")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,29 +115,29 @@ class ClusteringConfig:
 
     def __post_init__(self) -> None:
         at = "clustering."
-        _require(0 <= self.extra_clusters <= 4, at + "extra_clusters", self.extra_clusters, "0 to 4")
-        _require(self.iterations >= 1, at + "iterations", self.iterations, "at least 1")
-        _require(self.refresh_epochs > 0, at + "refresh_epochs", self.refresh_epochs, "more than 0")
-        _require(0 < self.refresh_span <= 1, at + "refresh_span", self.refresh_span, "0 < span <= 1")
-        _require(self.block >= 1, at + "block", self.block, "at least 1")
+        require(0 <= self.extra_clusters <= 4, at + "extra_clusters", self.extra_clusters, "0 to 4")
+        require(self.iterations >= 1, at + "iterations", self.iterations, "at least 1")
+        require(self.refresh_epochs > 0, at + "refresh_epochs", self.refresh_epochs, "more than 0")
+        require(0 < self.refresh_span <= 1, at + "refresh_span", self.refresh_span, "0 < span <= 1")
+        require(self.block >= 1, at + "block", self.block, "at least 1")
         for name in ("centre_momentum", "hard_level_momentum"):
             value = getattr(self, name)
-            _require(0 <= value < 1, at + name, value, "0 <= momentum < 1")
-        _require(self.shrinkage >= 0, at + "shrinkage", self.shrinkage, "0 or more")
+            require(0 <= value < 1, at + name, value, "0 <= momentum < 1")
+        require(self.shrinkage >= 0, at + "shrinkage", self.shrinkage, "0 or more")
         for name in ("purity_weight", "warmup_fraction", "ramp_fraction"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, at + name, value, "0 to 1")
+            require(0 <= value <= 1, at + name, value, "0 to 1")
         rules = ("hard_level", "kappaface")
-        _require(self.margin_rule in rules, at + "margin_rule", self.margin_rule, "hard_level or kappaface")
-        _require(self.direction in (-1, 0, 1), at + "direction", self.direction, "-1, 0 or 1")
-        _require(self.margin_delta >= 0, at + "margin_delta", self.margin_delta, "0 or more")
-        _require(
+        require(self.margin_rule in rules, at + "margin_rule", self.margin_rule, "hard_level or kappaface")
+        require(self.direction in (-1, 0, 1), at + "direction", self.direction, "-1, 0 or 1")
+        require(self.margin_delta >= 0, at + "margin_delta", self.margin_delta, "0 or more")
+        require(
             0 <= self.margin_low <= self.margin_high < 1.5,
             at + "margin_low, margin_high",
             (self.margin_low, self.margin_high),
             "0 <= margin_low <= margin_high < 1.5",
         )
-        _require(
+        require(
             self.temperature > 0.02,
             at + "temperature",
             self.temperature,
@@ -181,7 +145,7 @@ class ClusteringConfig:
         )
         for name in ("contrastive_weight", "alignment_weight", "hard_negatives"):
             value = getattr(self, name)
-            _require(value >= 0, at + name, value, "0 or more")
+            require(value >= 0, at + name, value, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,14 +168,14 @@ class OptimConfig:
     """Largest norm of the backbone's gradient; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        _require(self.name in ("sgd", "adamw"), "optim.name", self.name, "sgd or adamw")
-        _require(self.lr > 0, "optim.lr", self.lr, "more than 0")
-        _require(self.reference_batch >= 0, "optim.reference_batch", self.reference_batch, "0 or more")
-        _require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 <= momentum < 1")
-        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        _require(self.schedule in ("polynomial", "cosine"), "optim.schedule", self.schedule, "polynomial or cosine")
-        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
-        _require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "0 or more")
+        require(self.name in ("sgd", "adamw"), "optim.name", self.name, "sgd or adamw")
+        require(self.lr > 0, "optim.lr", self.lr, "more than 0")
+        require(self.reference_batch >= 0, "optim.reference_batch", self.reference_batch, "0 or more")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 <= momentum < 1")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(self.schedule in ("polynomial", "cosine"), "optim.schedule", self.schedule, "polynomial or cosine")
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
+        require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,9 +210,9 @@ class TrainConfig:
     """End cleanly after this many optimizer steps, with a checkpoint; 0 trains to the end."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.output), "train.output", self.output, "a folder")
-        _require(self.device in ("auto", "cuda", "cpu"), "train.device", self.device, "auto, cuda or cpu")
-        _require(self.precision in ("fp32", "bf16"), "train.precision", self.precision, "fp32 or bf16")
+        require(bool(self.output), "train.output", self.output, "a folder")
+        require(self.device in ("auto", "cuda", "cpu"), "train.device", self.device, "auto, cuda or cpu")
+        require(self.precision in ("fp32", "bf16"), "train.precision", self.precision, "fp32 or bf16")
         for name in (
             "epochs",
             "accumulation",
@@ -257,17 +221,17 @@ class TrainConfig:
             "keep_checkpoints",
         ):
             value = getattr(self, name)
-            _require(value >= 1, "train." + name, value, "at least 1")
-        _require(
+            require(value >= 1, "train." + name, value, "at least 1")
+        require(
             self.batch_size >= 2,
             "train.batch_size",
             self.batch_size,
             "at least 2 (BatchNorm has no statistics of a single image)",
         )
-        _require(0 <= self.seed < 2**63, "train.seed", self.seed, "0 to 2^63 - 1")
+        require(0 <= self.seed < 2**63, "train.seed", self.seed, "0 to 2^63 - 1")
         for name in ("cpu_threads", "checkpoint_steps", "stop_after_steps"):
             value = getattr(self, name)
-            _require(value >= 0, "train." + name, value, "0 or more")
+            require(value >= 0, "train." + name, value, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,8 +245,8 @@ class EvalConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        _require(self.every_epochs > 0, "eval.every_epochs", self.every_epochs, "more than 0")
-        _require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
+        require(self.every_epochs > 0, "eval.every_epochs", self.every_epochs, "more than 0")
+        require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -298,13 +262,15 @@ class RunConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        catch_up = self.head.missed_steps == "catch_up"
+        require(not catch_up or self.optim.name == "sgd", "optim.name", self.optim.name, "sgd with catch_up")
         c = self.clustering
         if c.enabled:
-            _require(
+            require(
                 c.margin_rule == "kappaface" or c.margin_low <= self.head.margin <= c.margin_high,
                 "head.margin",
                 self.head.margin,
                 f"within clustering.margin_low … margin_high ({c.margin_low} … {c.margin_high})",
             )
             name, value = "clustering.hard_negatives", c.hard_negatives
-            _require(value == 0 or self.head.sample_rate < 1, name, value, "0, as head.sample_rate=1 draws every class")
+            require(value == 0 or self.head.sample_rate < 1, name, value, "0, as head.sample_rate=1 draws every class")

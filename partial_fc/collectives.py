@@ -1,15 +1,19 @@
 """The head's collectives, each with its gradient and its scale written down.
 
-A training step with the sharded head runs three: one packed all-gather of (embedding, label, sample id), one
-all-reduce of two floats a row inside the softmax, one reduce-scatter of the embedding gradient in backward.
+A training step with the sharded head runs three: one packed all-gather of (embedding, its length, label, sample id),
+one all-reduce of two floats a row inside the softmax, one reduce-scatter of the embedding gradient in backward. With a
+bf16 wire the first and the last carry half the bytes; the last is then an all-to-all of the parts, summed in float32
+where they arrive, as a reduce-scatter in bf16 would round at every hop.
 All gradients are those of the global loss: nothing here multiplies by the world size, and the backbone's own
 gradients must therefore be *summed* over ranks, not averaged (`training.distributed` sees to that).
 
-Legend: B rows of one rank, W ranks, N = W x B rows of all ranks in rank order, D embedding size.
+Legend: B rows of one rank, W ranks, N = W x B rows of all ranks in rank order, D embedding size, Q bytes of a packed
+row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +24,6 @@ from torch import Tensor
 # torch 2.13 renamed both; older builds on a GPU host may only know the former names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-_META_FLOATS = 4  # label and sample id, int64 each, travel as raw bits in two float32 columns each
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
@@ -45,37 +47,72 @@ class GatheredBatch:
     sample_ids_N: Tensor
     """int64 sample id of each row."""
     group: dist.ProcessGroup | None
+    length_N: Tensor | None = None
+    """float32 length of each embedding before it was made a unit one; autograd leads back with x_ND's gradient."""
+
+
+def _packed(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of several tensors (B, ...) side by side as bytes (B, Q)."""
+    return torch.cat([part.reshape(len(part), -1).contiguous().view(torch.uint8) for part in parts], dim=1)
+
+
+def _unpacked(packed_NQ: Tensor, *kinds: tuple[int, torch.dtype]) -> list[Tensor]:
+    """Tensors (N, columns) of the (columns, dtype) given, in the order of packing."""
+    parts, start = [], 0
+    for columns, dtype in kinds:
+        stop = start + columns * dtype.itemsize
+        # Cloned, so that every part begins at an address that its dtype can be read from.
+        parts.append(packed_NQ[:, start:stop].clone(memory_format=torch.contiguous_format).view(dtype))
+        start = stop
+    return parts
 
 
 class _PackedGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BD: Tensor, meta_B2: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-        ctx.group = group
-        world_size = dist.get_world_size(group)
+    def forward(
+        ctx: Any, x_BD: Tensor, length_B: Tensor, meta_B2: Tensor, group: dist.ProcessGroup, wire: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.group, ctx.wire = group, wire
         B, D = x_BD.shape
-        packed_BP = torch.cat([x_BD, meta_B2.view(torch.float32)], dim=1)
-        packed_NP = packed_BP.new_empty(world_size * B, D + _META_FLOATS)
-        _all_gather(packed_NP, packed_BP, group=group)
-        meta_N2 = packed_NP[:, D:].contiguous().view(torch.int64)
+        packed_BQ = _packed([x_BD.to(wire), length_B, meta_B2])
+        packed_NQ = packed_BQ.new_empty(dist.get_world_size(group) * B, packed_BQ.shape[1])
+        _all_gather(packed_NQ, packed_BQ, group=group)
+        x_ND, length_N1, meta_N2 = _unpacked(packed_NQ, (D, wire), (1, torch.float32), (2, torch.int64))
         ctx.mark_non_differentiable(meta_N2)
-        return packed_NP[:, :D].contiguous(), meta_N2
+        return x_ND.float(), length_N1[:, 0], meta_N2
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        world_size = dist.get_world_size(ctx.group)
-        grad_BD = grad_ND.new_empty(grad_ND.shape[0] // world_size, grad_ND.shape[1])
-        _reduce_scatter(grad_BD, grad_ND.contiguous(), group=ctx.group)
-        return grad_BD, None, None
+    def backward(ctx: Any, grad_ND: Tensor, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        W, D = dist.get_world_size(ctx.group), grad_ND.shape[1]
+        B = grad_ND.shape[0] // W
+        if ctx.wire == torch.float32:
+            grad_NE = torch.cat([grad_ND, grad_N[:, None]], dim=1)
+            grad_BE = grad_NE.new_empty(B, D + 1)
+            _reduce_scatter(grad_BE, grad_NE, group=ctx.group)
+            return grad_BE[:, :D], grad_BE[:, D], None, None, None
+        packed_NQ = _packed([grad_ND.to(ctx.wire), grad_N])
+        parts_NQ = torch.empty_like(packed_NQ)
+        dist.all_to_all_single(parts_NQ, packed_NQ, group=ctx.group)
+        parts_ND, parts_N1 = _unpacked(parts_NQ, (D, ctx.wire), (1, torch.float32))
+        return parts_ND.float().view(W, B, D).sum(0), parts_N1.view(W, B).sum(0), None, None, None
 
 
 def gather_batch(
-    x_BD: Tensor, labels_B: Tensor, sample_ids_B: Tensor, group: dist.ProcessGroup | None
+    x_BD: Tensor,
+    labels_B: Tensor,
+    sample_ids_B: Tensor,
+    group: dist.ProcessGroup | None,
+    *,
+    length_B: Tensor | None = None,
+    wire_dtype: torch.dtype = torch.float32,
 ) -> GatheredBatch:
     """Every rank's rows on every rank, by one all-gather; backward runs one reduce-scatter (sum).
 
-    x_BD: float32 unit embeddings. labels_B, sample_ids_B: int64. B must be the same on all ranks. Through
-    backward, rank r receives sum over ranks q of dL_q/dx_r, which is the gradient of the global loss when
-    every rank computes its own classes' share of it. group: None for this process alone.
+    x_BD: float32 unit embeddings. labels_B, sample_ids_B: int64. B must be the same on all ranks. length_B: float32,
+    the embeddings' lengths, for losses that read them. wire_dtype: bfloat16 halves the bytes of embeddings and of their
+    gradients; x_ND then holds rounded ones, on one rank too, and backward runs an all-to-all in the
+    reduce-scatter's place. Through backward, rank r receives sum over ranks q of dL_q/dx_r, which is the gradient of
+    the global loss when every rank computes its own classes' share of it. group: None for this process alone.
     Raises TypeError or ValueError when dtypes or shapes are not as said.
     """
     if x_BD.dtype != torch.float32 or labels_B.dtype != torch.int64 or sample_ids_B.dtype != torch.int64:
@@ -89,10 +126,18 @@ def gather_batch(
             f"got {tuple(x_BD.shape)}, {tuple(labels_B.shape)}, {tuple(sample_ids_B.shape)}"
         )
     if group is None or group_size(group) == 1:
-        return GatheredBatch(x_BD, labels_B, sample_ids_B, group)
+        return GatheredBatch(x_BD.to(wire_dtype).float(), labels_B, sample_ids_B, group, length_B)
     meta_B2 = torch.stack([labels_B, sample_ids_B], dim=1)
-    x_ND, meta_N2 = _PackedGather.apply(x_BD, meta_B2, group)  # type: ignore[no-untyped-call]
-    return GatheredBatch(x_ND, meta_N2[:, 0].contiguous(), meta_N2[:, 1].contiguous(), group)
+    known_B = x_BD.new_zeros(len(x_BD)) if length_B is None else length_B
+    gathered = _PackedGather.apply(x_BD, known_B, meta_B2, group, wire_dtype)  # type: ignore[no-untyped-call]
+    x_ND, length_N, meta_N2 = gathered
+    return GatheredBatch(
+        x_ND,
+        meta_N2[:, 0].contiguous(),
+        meta_N2[:, 1].contiguous(),
+        group,
+        None if length_B is None else length_N,
+    )
 
 
 def extremes(value: int, group: dist.ProcessGroup | None, device: torch.device) -> tuple[int, int]:

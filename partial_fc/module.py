@@ -6,37 +6,24 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.schema import HeadConfig
-from partial_fc.collectives import gather_batch, group_size
-from partial_fc.head import PartialFCHead
+from partial_fc.collectives import group_size
+from partial_fc.head import PartialFCHead, ScaleGradient
 
 
 class PartialFCInputError(ValueError):
     """Embeddings, labels or margins that the head cannot take; `PartialFC.forward` says on which ranks it is raised."""
 
 
-class _Multiply(torch.autograd.Function):
-    """The input itself; its gradient times a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
 class PartialFC(nn.Module):
     """Margin softmax over class centres that are split over the ranks of `group`.
 
-    The module holds this rank's centres, `weight`, float32 (C_local, D). Their gradient is complete where they lie: do
-    not wrap the module in DDP. With sample_rate < 1 that gradient is sparse, for `CentreSGD` and `CentreAdamW`, which
-    leave the other rows alone; sparse_gradient=False gives a dense one, for any optimizer of torch.
+    The module holds this rank's centres, `weight`, (C_local subcentres, D). Their gradient is complete where they lie:
+    do not wrap the module in DDP. `CentreSGD` and `CentreAdamW` compute it as they apply it, and of sampled classes
+    touch no other rows. Any optimizer of torch can be used instead: the gradient is then in .grad, with sample_rate <
+    1 a sparse one, or with sparse_gradient=False a dense one.
 
     backbone_gradients: what becomes of the backbone's gradients. "averaged": DDP divides their sum by the number of
     ranks, as it does by default, so the embeddings' gradients come multiplied by that number; "summed": they do not.
@@ -49,20 +36,14 @@ class PartialFC(nn.Module):
         num_classes: int,
         embedding_size: int,
         group: dist.ProcessGroup | None = None,
-        loss: Literal["arcface", "cosface", "combined"] = "arcface",
-        margin: float = 0.5,
-        m1: float = 1.0,
-        m3: float = 0.0,
-        scale: float = 64.0,
-        sample_rate: float = 1.0,
-        straight_through: bool = False,
-        interclass_filter: float = 0.0,
         backbone_gradients: Literal["averaged", "summed"] = "averaged",
         sparse_gradient: bool = True,
         product_dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        **settings: Any,
     ) -> None:
-        """group: None for one process. seed: of the centres' start and of sampling. For the rest see `HeadConfig`.
+        """group: None for one process. seed: of the centres' start and of sampling. settings: of `HeadConfig`, by name:
+        loss, margin, scale, sample_rate, subcentres and others.
 
         Raises ConfigError for a value out of range, ValueError for fewer than 2 classes, and without a group in a
         process that is one of several.
@@ -75,20 +56,10 @@ class PartialFC(nn.Module):
             )
         if backbone_gradients not in ("averaged", "summed"):
             raise ValueError(f"backbone_gradients: expected averaged or summed, got {backbone_gradients!r}")
-        config = HeadConfig(
-            loss=loss,
-            margin=margin,
-            m1=m1,
-            m3=m3,
-            scale=scale,
-            sample_rate=sample_rate,
-            straight_through=straight_through,
-            interclass_filter=interclass_filter,
-        )
         self.head = PartialFCHead(
             num_classes=num_classes,
             embedding_size=embedding_size,
-            config=config,
+            config=HeadConfig(**settings),
             group=group,
             seed=seed,
             product_dtype=product_dtype,
@@ -114,8 +85,8 @@ class PartialFC(nn.Module):
         shapes that do not fit, on the ranks that have them.
         """
         self._check_shapes(embeddings_BD, labels_B, class_margins_C)
-        x_BD = F.normalize(_Multiply.apply(embeddings_BD.float(), self._factor))  # type: ignore[no-untyped-call]
-        batch = gather_batch(x_BD, labels_B, torch.zeros_like(labels_B), self.head.group)
+        x_BD = ScaleGradient.apply(embeddings_BD.float(), self._factor)  # type: ignore[no-untyped-call]
+        batch = self.head.gather(x_BD, labels_B, torch.zeros_like(labels_B))
         self._check(batch.x_ND, batch.labels_N)
         loss: Tensor = self.head(batch, step=self._steps, class_margins_C=class_margins_C)
         if self.training:
@@ -123,7 +94,7 @@ class PartialFC(nn.Module):
         return loss
 
     def _check_shapes(self, embeddings_BD: Tensor, labels_B: Tensor, class_margins_C: Tensor | None) -> None:
-        D, C = self.weight.shape[1], self.weight.shape[0]
+        D, C = self.weight.shape[1], self.head.shard.size
         if embeddings_BD.dim() != 2 or embeddings_BD.shape[1] != D or labels_B.shape != embeddings_BD.shape[:1]:
             raise PartialFCInputError(
                 f"expected embeddings (B, {D}) and labels (B,), got {tuple(embeddings_BD.shape)} and "

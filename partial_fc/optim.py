@@ -1,64 +1,271 @@
-"""Optimizers for class centres: rows that took no part in a step cost nothing and do not move.
+"""Optimizers for class centres: what took no part in a step costs nothing, and no gradient array is ever made.
 
-With sample_rate < 1 the head's gradient is sparse by rows. A dense optimizer would then walk over all centres,
-pull the untouched ones by old momentum and weight decay, and make sampling no faster. These two touch only
-the rows of the gradient; a dense gradient touches all, and they then equal torch.optim.SGD and AdamW.
-Momentum and decay of an untouched row wait until it is drawn again (lazy: docs/numerics.md).
+Both read, change and write a tile of centres at a time, and make the tile's gradient there and then
+(`partial_fc.deferred`). Of sampled classes they touch the rows that took part and no others; over all classes they
+equal torch.optim.SGD and AdamW. What becomes of the rows not touched: docs/numerics.md.
+
+Legend: as in `partial_fc.tiles`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partial_fc.catch_up import MissedSteps, missed_steps
+from partial_fc.deferred import CentreGradient, accept, deferred, union_of
+from partial_fc.rounding import lots, more_lots, stochastic_bf16
+from partial_fc.tiles import MIN_NORM, SampledRows, Tile, tiles_of
 
-def _rows(grad: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Row numbers (None: all) and values of a sparse or dense gradient."""
-    if not grad.is_sparse:
-        return None, grad
-    grad = grad.coalesce()
-    return grad.indices()[0], grad.values()
-
-
-def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    return tensor if rows is None else tensor[rows]
+_PLAIN_TILE = 1 << 21
+"""Numbers of a tile where a plain .grad is applied."""
 
 
-def _put(tensor: Tensor, rows: Tensor | None, values: Tensor) -> None:
-    if rows is None:
-        tensor.copy_(values)
-    else:
-        tensor.index_copy_(0, rows, values)
+class CentreGradientError(RuntimeError):
+    """Gradients of class centres that this optimizer cannot apply."""
 
 
-class CentreSGD(torch.optim.Optimizer):
-    """SGD with momentum and L2 decay: v = momentum v + g + decay w; w -= lr v, on the gradient's rows only."""
+class _Work:
+    """A parameter's gradients of this step, tile by tile: deferred ones, and what lies in .grad."""
 
-    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, p: Tensor, waiting: list[CentreGradient]) -> None:
+        self.p = p
+        self.sampled: SampledRows | None = None
+        self.subcentres, self.step, self.first_class = 1, max(1, _PLAIN_TILE // max(1, p.shape[1])), 0
+        grad = p.grad
+        self.values_SD = None if grad is None or grad.is_sparse else grad
+        self.rows_S: Tensor | None = None
+        if grad is not None and grad.is_sparse:
+            grad = grad.coalesce()
+            self.rows_S, self.values_SD = grad.indices()[0], grad.values()
+            self.sampled = SampledRows(self.rows_S, len(self.rows_S), 0)
+        self.gradients: list[CentreGradient] = []
+        if waiting:
+            self._take(waiting)
+
+    def _take(self, waiting: list[CentreGradient]) -> None:
+        math = waiting[0].math
+        if any(gradient.version != self.p._version for gradient in waiting):
+            raise CentreGradientError(
+                "class centres were changed between the loss and the optimizer's step, which still needs them as they "
+                "were: change them after the step, or build the optimizer with fused=False"
+            )
+        self.sampled = waiting[0].sampled
+        if self.sampled is not None and len(waiting) > 1:
+            self.sampled = union_of([gradient.sampled for gradient in waiting if gradient.sampled], math.size)
+            waiting = [gradient.over(self.sampled) for gradient in waiting]
+        if self.sampled is not None and self.values_SD is not None and self.rows_S is None:
+            raise CentreGradientError(
+                "class centres have a dense gradient beside the sampled softmax's: build the optimizer with fused=False"
+            )
+        self.gradients, self.subcentres = waiting, math.settings.subcentres
+        self.first_class = math.settings.first_class
+        self.step = math.settings.tile(len(math.x_ND), math.x_ND.device)
+
+    def global_rows(self, tile: Tile) -> Tensor:
+        """int64 (k,): rows of the tile, counted over all ranks."""
+        classes_c = tile.classes_c
+        if classes_c is None:
+            classes_c = torch.arange(tile.start, tile.stop, device=self.p.device)
+        return (
+            (classes_c + self.first_class)[:, None] * self.subcentres
+            + torch.arange(self.subcentres, device=self.p.device)
+        ).flatten()
+
+    def tiles(self) -> Iterator[Tile]:
+        return tiles_of(len(self.p) // self.subcentres, self.step, self.sampled)
+
+    def add_(self, tile: Tile, raw_kD: Tensor, out_kD: Tensor, keep: float) -> Tensor:
+        """out = keep out + gradient, but for - radial_k1 raw_kD, which is left to the caller. Returns radial_k1."""
+        radial_k = raw_kD.new_zeros(len(raw_kD))
+        for gradient in self.gradients:
+            radial_k.add_(gradient.add_(out_kD, tile, raw_kD, keep))
+            keep = 1.0
+        if self.values_SD is not None:
+            if keep != 1.0:
+                out_kD.mul_(keep)
+            self._add_values(tile, out_kD)
+        return radial_k[:, None]
+
+    def _add_values(self, tile: Tile, out_kD: Tensor) -> None:
+        assert self.values_SD is not None
+        K = self.subcentres
+        if self.rows_S is None or not self.gradients:
+            out_kD.add_(self.values_SD[tile.start * K : tile.stop * K])
+            return
+        # Rows of .grad beside the softmax's own (the alignment loss): its classes took part in the softmax too.
+        place_S = self.rows_S // K
+        if tile.classes_c is not None:
+            place_S = torch.searchsorted(tile.classes_c, place_S).clamp_max(len(tile.classes_c) - 1)
+            here_S = tile.classes_c[place_S] == self.rows_S // K
+        else:
+            place_S = place_S - tile.start
+            here_S = (place_S >= 0) & (place_S < tile.stop - tile.start)
+            place_S = place_S.clamp(0, tile.stop - tile.start - 1)
+        if not out_kD.is_cuda and not here_S.any():
+            return  # on a GPU the look would cost more than the work
+        values_SD = torch.where(here_S[:, None], self.values_SD, 0).to(out_kD.dtype)
+        out_kD.index_add_(0, place_S * K + self.rows_S % K, values_SD)
+
+
+class _CentreOptimizer(torch.optim.Optimizer):
+    """Steps over tiles; what happens to a tile is the subclass's."""
+
+    _MOMENTS: tuple[str, ...] = ()
+    """State tensors of the parameter's shape and dtype."""
+
+    def __init__(self, params: Iterable[nn.Parameter], defaults: dict[str, Any], *, fused: bool, seed: int) -> None:
+        super().__init__(params, defaults)
+        self.seed = seed
+        for group in self.param_groups:
+            for p in group["params"] if fused else ():
+                accept(p)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for p in group["params"]:
+                (deferred(p) or []).clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Apply the gradients that wait, and .grad where there is one. Deferred gradients are then gone.
+
+        Raises CentreGradientError when the centres were changed since the loss was computed.
+        """
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                rows, grad = _rows(p.grad)
-                w = _take(p, rows)
-                state: dict[str, Any] = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                velocity = state["momentum_buffer"]
-                v = _take(velocity, rows).mul(group["momentum"]).add_(grad).add_(w, alpha=group["weight_decay"])
-                _put(velocity, rows, v)
-                _put(p, rows, w.sub(v, alpha=group["lr"]))
+                waiting = deferred(p) or []
+                if waiting or p.grad is not None:
+                    state: dict[str, Any] = self.state[p]
+                    if not state:
+                        self._begin(p, state)
+                    self._walk(p, state, group, _Work(p, list(waiting)))
+                    waiting.clear()
+
+    def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
+        state["steps"] = 0
+        for name in self._MOMENTS:
+            state[name] = torch.zeros_like(p)
+
+    def _walk(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], work: _Work) -> None:
+        key = int(np.random.SeedSequence([self.seed, state["steps"]]).generate_state(1)[0])
+        state["steps"] += 1
+        tensors = [p, *(state[name] for name in self._MOMENTS)]
+        for tile in work.tiles():
+            values = [tile.take(tensor, work.subcentres).float() for tensor in tensors]
+            self._move(tile, values, state, group, work)
+            if p.dtype == torch.bfloat16:
+                values = _rounded(values, work.global_rows(tile), key)
+            for tensor, value_kD in zip(tensors, values, strict=True):
+                tile.put(tensor, value_kD, work.subcentres)
+
+    def _move(
+        self, tile: Tile, values: list[Tensor], state: dict[str, Any], group: dict[str, Any], work: _Work
+    ) -> None:
+        """Change the tile's centres and moments, float32 (k, D) each, in place."""
+        raise NotImplementedError
 
 
-class CentreAdamW(torch.optim.Optimizer):
-    """AdamW on the gradient's rows only; each row counts its own steps, so its bias correction is right."""
+def _rounded(values: list[Tensor], row_k: Tensor, key: int) -> list[Tensor]:
+    """Centres and moments in bf16, each by lots of its own."""
+    lots_kD = lots(row_k, values[0].shape[1], key)
+    shares = (lots_kD, lots_kD >> 16, more_lots(lots_kD) if len(values) > 2 else lots_kD)
+    return [stochastic_bf16(value_kD, share_kD) for value_kD, share_kD in zip(values, shares, strict=False)]
+
+
+class CentreSGD(_CentreOptimizer):
+    """SGD with momentum and L2 decay: v = momentum v + g + decay w; w -= lr v.
+
+    fused: take the gradients as they are made; False: from .grad alone, for those who want to see or change it.
+    on_sphere: v keeps to the tangent space of its centre, v = momentum (v less its part along w) + g, and the centre
+    its length; decay then has no meaning and is left out. catch_up: rows that were not drawn are brought to where
+    momentum and decay alone would have taken them when they are drawn again; `settle` does so for all. bf16 centres
+    have a bf16 momentum, both rounded by lot; seed: of that.
+    """
+
+    _MOMENTS = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        fused: bool = True,
+        on_sphere: bool = False,
+        catch_up: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Raises ValueError for catch_up with on_sphere, where steps are not linear, or with bf16 centres."""
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults, fused=fused, seed=seed)
+        self.on_sphere, self.catch_up = on_sphere, catch_up
+        kinds = {p.dtype for group in self.param_groups for p in group["params"]}
+        if catch_up and (on_sphere or torch.bfloat16 in kinds):
+            raise ValueError("catch_up: expected centres in float32 that do not move on the sphere")
+
+    def settle(self) -> None:
+        """With catch_up: bring every row up to date, before centres are saved or read as a whole."""
+        for p in self.state:
+            if (missed := missed_steps(p)) is not None:
+                missed.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settles first, so that there is no more to save than torch.optim.SGD has."""
+        self.settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            if self.catch_up:
+                MissedSteps(p, state["momentum_buffer"])
+
+    def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
+        super()._begin(p, state)
+        if self.catch_up:
+            MissedSteps(p, state["momentum_buffer"])
+
+    def _walk(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], work: _Work) -> None:
+        super()._walk(p, state, group, work)
+        if (missed := missed_steps(p)) is not None:
+            missed.after_step(
+                list(work.tiles()),
+                work.subcentres,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                decay=group["weight_decay"],
+            )
+
+    def _move(
+        self, tile: Tile, values: list[Tensor], state: dict[str, Any], group: dict[str, Any], work: _Work
+    ) -> None:
+        w_kD, v_kD = values
+        lr, momentum = group["lr"], group["momentum"]
+        if self.on_sphere:
+            _make_tangent_(v_kD, w_kD)
+        radial_k1 = work.add_(tile, w_kD, v_kD, momentum)
+        if self.on_sphere:
+            v_kD.addcmul_(w_kD, radial_k1, value=-1)
+            _move_on_sphere_(w_kD, lr * v_kD)
+        else:
+            v_kD.addcmul_(w_kD, group["weight_decay"] - radial_k1)
+            w_kD.sub_(v_kD, alpha=lr)
+
+
+class CentreAdamW(_CentreOptimizer):
+    """AdamW; each row counts its own steps, so that its bias correction is right. Settings as in `CentreSGD`.
+
+    on_sphere: the step itself is made tangent, and the centre keeps its length; decay is left out.
+    """
+
+    _MOMENTS = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -68,27 +275,56 @@ class CentreAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         weight_decay: float,
         eps: float = 1e-8,
+        fused: bool = True,
+        on_sphere: bool = False,
+        seed: int = 0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps}
+        super().__init__(params, defaults, fused=fused, seed=seed)
+        self.on_sphere = on_sphere
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                rows, grad = _rows(p.grad)
-                state: dict[str, Any] = self.state[p]
-                if not state:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                    state["row_steps"] = p.new_zeros(p.shape[0], 1)
-                steps = _take(state["row_steps"], rows) + 1
-                mean = _take(state["exp_avg"], rows).mul(beta1).add_(grad, alpha=1 - beta1)
-                square = _take(state["exp_avg_sq"], rows).mul(beta2).addcmul_(grad, grad, value=1 - beta2)
-                _put(state["row_steps"], rows, steps)
-                _put(state["exp_avg"], rows, mean)
-                _put(state["exp_avg_sq"], rows, square)
-                root = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
-                w = _take(p, rows).mul(1 - group["lr"] * group["weight_decay"])
-                _put(p, rows, w.sub_(group["lr"] * (mean / (1 - beta1**steps)) / root))
+    def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
+        super()._begin(p, state)
+        state["row_steps"] = torch.zeros(p.shape[0], 1, dtype=torch.float32, device=p.device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch gives all state the parameter's dtype; bf16 would count no further than 256.
+        saved = {i: s["row_steps"] for i, s in state_dict["state"].items()}
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(ids, params, strict=True):
+            if i in saved:
+                self.state[p]["row_steps"] = saved[i].to(p.device, torch.float32, copy=True)
+
+    def _move(
+        self, tile: Tile, values: list[Tensor], state: dict[str, Any], group: dict[str, Any], work: _Work
+    ) -> None:
+        w_kD, mean_kD, square_kD = values
+        beta1, beta2 = group["betas"]
+        steps_k1 = tile.take(state["row_steps"], work.subcentres) + 1
+        tile.put(state["row_steps"], steps_k1, work.subcentres)
+        d_kD = torch.zeros_like(w_kD)
+        radial_k1 = work.add_(tile, w_kD, d_kD, 0.0)
+        d_kD.addcmul_(w_kD, radial_k1, value=-1)
+        mean_kD.lerp_(d_kD, 1 - beta1)
+        square_kD.mul_(beta2).addcmul_(d_kD, d_kD, value=1 - beta2)
+        root_kD = (square_kD / (1 - beta2**steps_k1)).sqrt_().add_(group["eps"])
+        step_kD = (mean_kD * (group["lr"] / (1 - beta1**steps_k1))).div_(root_kD)
+        if self.on_sphere:
+            _move_on_sphere_(w_kD, _make_tangent_(step_kD, w_kD))
+        else:
+            w_kD.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step_kD)
+
+
+def _make_tangent_(v_kD: Tensor, w_kD: Tensor) -> Tensor:
+    """Take out what lies along w."""
+    along_k = torch.linalg.vecdot(v_kD, w_kD) / torch.linalg.vecdot(w_kD, w_kD).clamp_min(MIN_NORM**2)
+    return v_kD.sub_(along_k[:, None] * w_kD)
+
+
+def _move_on_sphere_(w_kD: Tensor, step_kD: Tensor) -> None:
+    """w -= step, its length kept."""
+    length_k1 = torch.linalg.vector_norm(w_kD, dim=1, keepdim=True)
+    w_kD.sub_(step_kD)
+    w_kD.mul_(length_k1 / torch.linalg.vector_norm(w_kD, dim=1, keepdim=True).clamp_min_(MIN_NORM))

@@ -12,6 +12,14 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         return _product(a, b, dtype)
 
 
+def add_product_(out: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *, keep: float = 1.0) -> Tensor:
+    """keep * out + a @ b, in place."""
+    with torch.autocast(a.device.type, enabled=False):
+        if dtype == torch.float32 or a.dtype == torch.float64:
+            return out.addmm_(a, b, beta=keep)  # the sum is taken while the product is written
+        return out.mul_(keep).add_(_product(a, b, dtype))
+
+
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float32 or a.dtype == torch.float64:
         return a @ b

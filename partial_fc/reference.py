@@ -1,12 +1,19 @@
-"""The dense head: one rank, one (B, C) matrix, plain autograd. Slow, and the specification of the fast one."""
+"""The dense head: whole (B, C) matrices, plain autograd. Slow, and the specification of the fast one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from partial_fc.collectives import all_reduce_
+from partial_fc.margins import TargetMargin
+from partial_fc.negatives import Negatives
+from partial_fc.tiles import SampledRows, SoftmaxSettings, shift_for
 
 
 def arcface_logit(cosine_B: Tensor, margin_B: Tensor) -> Tensor:
@@ -66,3 +73,59 @@ def dense_margin_softmax(
     logits_BC = scale * cosine_BC.scatter(1, target_B1, psi_B[:, None])
     losses_B = logits_BC.logsumexp(1) - scale * psi_B
     return (losses_B * valid_B).sum() / valid_B.sum().clamp_min(1)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Backward leaves each rank the gradient of its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        return all_reduce_(part.clone(), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _with_slope(value: Tensor, *slopes: tuple[Tensor, Tensor]) -> Tensor:
+    """The value, with the slopes said in the variables named."""
+    return value.detach() + sum(slope.detach() * (variable - variable.detach()) for slope, variable in slopes)
+
+
+def sharded_margin_softmax(
+    x_ND: Tensor,
+    w_RD: Tensor,
+    target_N: Tensor,
+    margin_N: Tensor,
+    settings: SoftmaxSettings,
+    group: dist.ProcessGroup | None,
+    margin: TargetMargin,
+    sampled: SampledRows | None,
+    negatives: Negatives | None,
+) -> Tensor:
+    """What `streaming_margin_softmax` computes, with one (N, C) matrix a rank and autograd. Two all-reduces."""
+    K = settings.subcentres
+    w_CKD = F.normalize(w_RD.to(x_ND.dtype), eps=1e-12).unflatten(0, (-1, K))
+    cosine_NC = torch.einsum("nd,ckd->nck", x_ND, w_CKD).amax(2) if len(w_RD) else x_ND.new_zeros(len(x_ND), 0)
+    owned_N = target_N >= 0
+    other_NC = torch.ones_like(cosine_NC, dtype=torch.bool)
+    logit_N = torch.zeros_like(x_ND[:, 0])
+    if len(w_RD):
+        target_N1 = target_N.clamp_min(0)[:, None]
+        other_NC = other_NC.scatter(1, target_N1, ~owned_N[:, None])
+        cosine_N = cosine_NC.gather(1, target_N1)[:, 0]
+        target = margin(cosine_N, margin_N)
+        psi_N = _with_slope(target.psi_N, (target.by_cosine_N, cosine_N), (target.by_margin_N, margin_N))
+        logit_N = torch.where(owned_N, settings.scale * psi_N, 0)
+    if sampled is not None:
+        takes_part_C = torch.zeros(cosine_NC.shape[1] + 1, dtype=torch.bool, device=x_ND.device)
+        takes_part_C[sampled.rows_S] = True  # padding is one beyond the last class
+        other_NC = other_NC & takes_part_C[:-1]
+    value_NC, bound = cosine_NC, 1.0
+    if negatives is not None:
+        value_CN, slope_CN = negatives(cosine_NC.T)
+        value_NC, bound = _with_slope(value_CN.T, (slope_CN.T, cosine_NC)), negatives.bound
+    shift = shift_for(settings.scale * bound, settings.num_classes)
+    sum_N = torch.where(other_NC, (settings.scale * value_NC - shift).exp(), 0).sum(1)
+    sums_2N: Tensor = _SumOverRanks.apply(torch.stack([sum_N, logit_N]), group)  # type: ignore[no-untyped-call]
+    return F.softplus(sums_2N[0].log() + shift - sums_2N[1])

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from partial_fc.tiles import SampledRows
 from sharding import Shard
 
 _BLOCK = 1024
@@ -39,18 +40,13 @@ def drawn_classes(
     Over all shards floor(sample_rate x num_classes + u) are, with u in [0, 1) drawn for the step. A pure function of
     (class, num_classes, sample_rate, seed, step). No collective, no host sync.
     """
-    key, lot = np.random.SeedSequence([seed, step]).generate_state(2, np.uint64).tolist()
-    first, last = shard.start // _BLOCK, -(-shard.stop // _BLOCK)
-    class_bK = torch.arange(first * _BLOCK, last * _BLOCK, device=device).view(-1, _BLOCK)
-    score_bK = _scores(class_bK, key)
-    beyond = torch.iinfo(torch.int64).max
-    score_bK.masked_fill_(class_bK >= num_classes, beyond)
-    # Blocks take what brings the number drawn so far to the share of the classes so far, rounded by the step's lot: a
-    # fixed rounding would favour some blocks for ever.
-    ends = np.minimum(np.arange(first, last + 1, dtype=np.int64) * _BLOCK, num_classes)
-    wanted = np.diff(np.floor(sample_rate * ends + lot / 2**64).astype(np.int64))
+    key, wanted = _lots(shard, num_classes, sample_rate, seed=seed, step=step)
     if not len(wanted) or not wanted.max():
         return torch.zeros(shard.size, dtype=torch.bool, device=device)
+    first = shard.start // _BLOCK
+    class_bK = torch.arange(first * _BLOCK, (first + len(wanted)) * _BLOCK, device=device).view(-1, _BLOCK)
+    score_bK = _scores(class_bK, key)
+    score_bK.masked_fill_(class_bK >= num_classes, torch.iinfo(torch.int64).max)
     least_bW = score_bK.topk(int(wanted.max()), dim=1, largest=False, sorted=True).values
     wanted_b1 = torch.from_numpy(wanted).to(device, non_blocking=True)[:, None]
     limit_b1 = least_bW.gather(1, (wanted_b1 - 1).clamp_min(0))
@@ -58,15 +54,33 @@ def drawn_classes(
     return drawn_bK.view(-1)[shard.start - first * _BLOCK : shard.stop - first * _BLOCK]
 
 
-def sample_rows(
-    positive_N: Tensor, shard: Shard, num_classes: int, sample_rate: float, *, seed: int, step: int
-) -> Tensor:
-    """Sorted rows of the shard that take part: those drawn, and those that the global batch names.
+def _lots(shard: Shard, num_classes: int, sample_rate: float, *, seed: int, step: int) -> tuple[int, np.ndarray]:
+    """The step's key, and how many classes each of the shard's blocks draws, int64.
 
-    positive_N: int64, row of this shard that holds a label's centre, -1 for none; duplicates are welcome. Returns
-    int64 (S,) on positive_N's device. No collective; one host sync, which sizes the result.
+    Blocks take what brings the number drawn so far to the share of the classes so far, rounded by the step's lot: a
+    fixed rounding would favour some blocks for ever.
     """
-    drawn = drawn_classes(shard, num_classes, sample_rate, seed=seed, step=step, device=positive_N.device)
-    taken = torch.cat([drawn, drawn.new_zeros(1)])  # one place more, for the rows that lie elsewhere
-    taken[torch.where(positive_N >= 0, positive_N, shard.size)] = True
-    return taken[:-1].nonzero()[:, 0]
+    key, lot = np.random.SeedSequence([seed, step]).generate_state(2, np.uint64).tolist()
+    first, last = shard.start // _BLOCK, -(-shard.stop // _BLOCK)
+    ends = np.minimum(np.arange(first, last + 1, dtype=np.int64) * _BLOCK, num_classes)
+    return key, np.diff(np.floor(sample_rate * ends + lot / 2**64).astype(np.int64))
+
+
+def sample_rows(
+    positive_M: Tensor, shard: Shard, num_classes: int, sample_rate: float, *, seed: int, step: int
+) -> SampledRows:
+    """The classes of the shard that take part: those drawn, and those named.
+
+    positive_M: int64, class of this shard (from 0), -1 for none; duplicates are welcome. No collective and no host
+    sync: how many there are is not looked at, so that there may be padding at the end.
+    """
+    drawn = drawn_classes(shard, num_classes, sample_rate, seed=seed, step=step, device=positive_M.device)
+    taken = torch.cat([drawn, drawn.new_zeros(1)])  # one place more, for the classes that lie elsewhere
+    taken[torch.where(positive_M >= 0, positive_M, shard.size)] = True
+    key, wanted = _lots(shard, num_classes, sample_rate, seed=seed, step=step)
+    # A block that another shard has part of draws an unknown number here.
+    cut = [shard.start % _BLOCK, shard.stop % _BLOCK if shard.stop < num_classes else 0]
+    whole = wanted[bool(cut[0]) : len(wanted) - bool(cut[1])]
+    most = min(shard.size, int(wanted.sum()) + len(positive_M))
+    rows_S = torch.nonzero_static(taken[:-1], size=most, fill_value=shard.size)[:, 0]
+    return SampledRows(rows_S, int(whole.sum()), key)

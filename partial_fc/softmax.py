@@ -2,25 +2,25 @@
 
 What makes it stream, and exact:
 
-- Logits of the other classes lie in [-s, s], so exp() needs no running maximum: one constant shift keeps every sum
+- Logits of the other classes are bounded, so exp() needs no running maximum: one constant shift keeps every sum
   inside float32's range (`shift_for`). No max pass, no max all-reduce.
 - The margin touches only the target's logit. It is computed beside the tiles (N dot products); inside a tile
   the target's column is simply left out. The loss is softplus(log S + shift - t), with S the sum over the
   *other* classes and t the target's logit: nothing cancels, so well-learned samples keep their precision.
 - With a constant shift the unnormalised embedding gradient U = sum_c exp(logit_c) w_c is a by-product of the
-  forward pass; dividing by the global S later makes it the gradient. Backward only recomputes tiles for dW.
+  forward pass; dividing by the global S later makes it the gradient.
+- The centres' gradient is made tile by tile, in backward or, better, by the optimizer itself (`partial_fc.deferred`).
+  A bounded number of cosines is kept for it; beyond that they are made again.
 
-Four matrix products a step in all, one all-reduce of two floats a row. Centres are normalised tile by tile;
-the gradient returned for them is that of the raw rows (tangent to the sphere, over the row's length).
+Three to four matrix products a step in all, one all-reduce of two floats a row. Centres are normalised tile by tile;
+the gradient is that of the raw rows (tangent to the sphere, over the row's length).
 
-Legend: N rows of the global batch, D embedding size, C centres of this shard (S of them when sampled),
-c centres of one tile.
+Legend: N rows of the global batch, D embedding size, C classes of this shard (S of them when sampled), K sub-centres a
+class, R = C K rows of the weight; further `partial_fc.tiles`.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,100 +28,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partial_fc.collectives import all_reduce_
-from partial_fc.margins import TargetMargin
-from partial_fc.products import product
+from partial_fc.deferred import CentreGradient, deferred
+from partial_fc.margins import Target, TargetMargin
+from partial_fc.negatives import Negatives
+from partial_fc.products import add_product_
+from partial_fc.reference import sharded_margin_softmax
+from partial_fc.tiles import MIN_NORM, SampledRows, SoftmaxSettings, TileMath, position_of, tiles_of
 
-_MAX_EXPONENT = 85.0  # exp(88.7) is float32's end; the rest is left for the products with S
-_TILE_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
-"""Size of one fp32 (N, c) tile: within the L2 cache of a CPU core (measured best there); large products on GPUs."""
-_MIN_NORM = 1e-12
+__all__ = ["SoftmaxSettings", "streaming_margin_softmax", "target_cosines"]
 
 
-def shift_for(scale: float, num_classes: int) -> float:
-    """The constant a such that sum_c exp(s cos_c - a) stays below float32's end for any embedding.
+def target_cosines(x_ND: Tensor, w_RD: Tensor, target_N: Tensor, subcentres: int = 1) -> tuple[Tensor, Tensor]:
+    """(cosine_N, unit_ND): each row's cosine with its class, and the unit centre that gave it.
 
-    0 for s = 64 up to 10^9 classes. Smaller is better: what underflows is exp(-s - a). Ours.
+    target_N: int64 class of this shard; where it is -1 the values mean nothing.
     """
-    return max(0.0, scale + math.log(max(num_classes, 1)) - _MAX_EXPONENT)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SoftmaxSettings:
-    """What does not change from step to step."""
-
-    scale: float
-    num_classes: int
-    """Classes of all shards together."""
-    margin: TargetMargin
-    interclass_filter: float = 0.0
-    """Above 0: other classes' cosines above it count as 0 and get no gradient, as classes that are the same person
-    under two labels would. insightface's option of that name."""
-    chunk: int = 0
-    """Centres a tile; 0 sizes tiles by the batch and the device."""
-    product_dtype: torch.dtype = torch.float32
-    """Operands of the matrix products; sums are float32 whatever it is."""
-    sparse_gradient: bool = True
-    """Of sampled classes: a sparse gradient, of their rows alone; False: a dense one with zeros elsewhere."""
-
-    def tile(self, rows: int, device: torch.device) -> int:
-        return self.chunk or max(64, _TILE_BYTES.get(device.type, 64 << 20) // (4 * max(rows, 1)))
-
-
-class _Tiles:
-    """Normalised centres tile by tile, and exp(logits) of a tile with the targets' columns set as asked."""
-
-    def __init__(
-        self, x_ND: Tensor, w_CD: Tensor, rows_S: Tensor | None, target_N: Tensor, settings: SoftmaxSettings
-    ) -> None:
-        self.x_ND, self.w_CD, self.rows_S, self.target_N = x_ND, w_CD, rows_S, target_N
-        self.settings = settings
-        self.shift = shift_for(settings.scale, settings.num_classes)
-        self.size = w_CD.shape[0] if rows_S is None else rows_S.shape[0]
-        self.step = settings.tile(x_ND.shape[0], x_ND.device)
-
-    def starts(self) -> range:
-        return range(0, self.size, self.step)
-
-    def centres(self, start: int) -> tuple[Tensor, Tensor]:
-        """Unit centres (c, D) of the tile and the inverse lengths (c, 1) of the raw ones."""
-        stop = min(start + self.step, self.size)
-        raw_cD = self.w_CD[start:stop] if self.rows_S is None else self.w_CD[self.rows_S[start:stop]]
-        inverse_c1 = raw_cD.norm(dim=1, keepdim=True).clamp_min(_MIN_NORM).reciprocal()
-        return raw_cD * inverse_c1, inverse_c1
-
-    def exponentials(
-        self,
-        w_cD: Tensor,
-        start: int,
-        *,
-        at_target_N: Tensor | None = None,
-        by_N: Tensor | None = None,
-        filtered_N: Tensor | None = None,
-    ) -> Tensor:
-        """exp(s cos - shift) (N, c), times by_N a row if given; targets' columns hold at_target_N (0 if None).
-
-        Cosines that the filter takes leave 0 here; filtered_N, if given, is raised by how many a row these are.
-        """
-        tile_Nc = product(self.x_ND, w_cD.T, self.settings.product_dtype)
-        column_N = self.target_N - start
-        inside_N = (column_N >= 0) & (column_N < w_cD.shape[0])
-        column_N1 = column_N.clamp(0, w_cD.shape[0] - 1)[:, None]
-        taken_Nc: Tensor | None = None
-        if self.settings.interclass_filter:
-            taken_Nc = tile_Nc > self.settings.interclass_filter
-            if filtered_N is not None:
-                filtered_N += taken_Nc.sum(1) - (taken_Nc.gather(1, column_N1)[:, 0] & inside_N).to(filtered_N.dtype)
-        tile_Nc.mul_(self.settings.scale)
-        if self.shift:
-            tile_Nc.sub_(self.shift)
-        tile_Nc.exp_()
-        if taken_Nc is not None:
-            tile_Nc.masked_fill_(taken_Nc, 0)
-        if by_N is not None:
-            tile_Nc.mul_(by_N[:, None])
-        value_N = torch.zeros_like(self.x_ND[:, 0]) if at_target_N is None else at_target_N
-        kept_N = tile_Nc.gather(1, column_N1)[:, 0]
-        return tile_Nc.scatter_(1, column_N1, torch.where(inside_N, value_N, kept_N)[:, None])
+    if not len(w_RD):
+        return x_ND.new_zeros(len(x_ND)), torch.zeros_like(x_ND)
+    raw_NKD = w_RD.unflatten(0, (-1, subcentres))[target_N.clamp_min(0)].to(x_ND.dtype)
+    unit_NKD = raw_NKD / raw_NKD.norm(dim=2, keepdim=True).clamp_min(MIN_NORM)
+    cosine_N, best_N = (x_ND[:, None] * unit_NKD).sum(2).max(1)
+    return cosine_N, unit_NKD[torch.arange(len(x_ND), device=x_ND.device), best_N]
 
 
 class _StreamingSoftmax(torch.autograd.Function):
@@ -129,100 +56,122 @@ class _StreamingSoftmax(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_ND: Tensor,
-        w_CD: Tensor,
-        rows_S: Tensor | None,
-        target_N: Tensor,
+        w_RD: Tensor,
         margin_N: Tensor,
+        target_N: Tensor,
+        sampled: SampledRows | None,
         settings: SoftmaxSettings,
+        margin: TargetMargin,
+        negatives: Negatives | None,
         group: dist.ProcessGroup | None,
+        waiting: list[CentreGradient] | None,
     ) -> Tensor:
-        tiles = _Tiles(x_ND, w_CD, rows_S, target_N, settings)
-        owned_N = target_N >= 0
-        zero_N = torch.zeros_like(x_ND[:, 0])
-
+        size = w_RD.shape[0] // settings.subcentres
+        math = TileMath(x_ND.detach(), position_of(target_N, sampled), size, settings, negatives)
         sums_2N = torch.zeros(2, x_ND.shape[0], dtype=x_ND.dtype, device=x_ND.device)
         other_N, logit_N = sums_2N  # sum over the other classes; the target's logit
-        want_x = ctx.needs_input_grad[0]
-        u_ND = torch.zeros_like(x_ND) if want_x else None
-        filtered_N = zero_N.clone()
-        for start in tiles.starts():
-            w_cD, _ = tiles.centres(start)
-            e_Nc = tiles.exponentials(w_cD, start, filtered_N=filtered_N)
-            other_N += e_Nc.sum(1)
+        u_ND = torch.zeros_like(x_ND) if ctx.needs_input_grad[0] else None
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        room = settings.kept_bytes if ctx.needs_input_grad[1] else 0
+        for tile in tiles_of(size, settings.tile(x_ND.shape[0], x_ND.device), sampled):
+            raw_kD = tile.take(w_RD, settings.subcentres).to(x_ND.dtype)
+            cosine_kN, inverse_k = math.cosines(raw_kD)
+            room -= cosine_kN.nbytes
+            if room >= 0:
+                kept[tile.start] = cosine_kN, inverse_k
+            e_cN, slope_cN, best_cN = math.exponentials(tile, cosine_kN)
+            other_N += e_cN.sum(0)
             if u_ND is not None:
-                u_ND += product(e_Nc, w_cD, settings.product_dtype)
+                if slope_cN is not None:
+                    e_cN.mul_(slope_cN)
+                e_kN = math.by_row(e_cN, best_cN).mul_(inverse_k[:, None])
+                add_product_(u_ND, e_kN.T, raw_kD, settings.product_dtype)
 
-        if settings.interclass_filter:
-            other_N += filtered_N * math.exp(-tiles.shift)
-        target_ND = zero_N[:, None].expand_as(x_ND)
-        slope_N = zero_N
-        if tiles.size:
-            raw_ND = w_CD[target_N.clamp_min(0) if rows_S is None else rows_S[target_N.clamp_min(0)]]
-            target_ND = raw_ND / raw_ND.norm(dim=1, keepdim=True).clamp_min(_MIN_NORM)
-            psi_N, slope_N = settings.margin((x_ND * target_ND).sum(1), margin_N.to(x_ND.dtype))
-            logit_N += torch.where(owned_N, settings.scale * psi_N, zero_N)
-            slope_N = torch.where(owned_N, settings.scale * slope_N, zero_N)
-
+        owned_N = target_N >= 0
+        cosine_N, unit_ND = target_cosines(x_ND, w_RD, target_N, settings.subcentres)
+        target = Target(*(torch.where(owned_N, settings.scale * t, 0) for t in margin(cosine_N, margin_N)))
+        logit_N += target.psi_N
         all_reduce_(sums_2N, group)
-        odds_N = other_N.log() + tiles.shift - logit_N  # log of (other classes : target)
+        odds_N = other_N.log() + math.shift - logit_N  # log of (other classes : target)
         miss_N = odds_N.sigmoid()  # probability that is not the target's
         # Below the floor the quotient would leave float32 and turn 0 x inf into nan; the gradient there is too small.
         floor = 2 * settings.scale / torch.finfo(x_ND.dtype).max
-        over_sum_N = torch.where(other_N > 0, settings.scale * miss_N / other_N.clamp_min(floor), zero_N)
-        ctx.settings = settings
-        # By row: d loss / d x = over_sum * U - miss * slope * w_y, kept whole for backward.
+        by_N = torch.where(other_N > 0, settings.scale * miss_N / other_N.clamp_min(floor), 0)
+        # By row: d loss / d x = by * U - miss * slope * w_y, kept whole for backward.
         dx_ND = None
         if u_ND is not None:
-            dx_ND = u_ND.mul_(over_sum_N[:, None]).sub_((miss_N * slope_N)[:, None] * target_ND)
-        ctx.save_for_backward(x_ND, w_CD, rows_S, target_N, over_sum_N, -miss_N * slope_N, dx_ND)
+            dx_ND = u_ND.mul_(by_N[:, None]).sub_((miss_N * target.by_cosine_N)[:, None] * unit_ND)
+        ctx.math, ctx.sampled, ctx.kept, ctx.waiting, ctx.version = math, sampled, kept, waiting, w_RD._version
+        ctx.save_for_backward(w_RD, target_N, by_N, -miss_N * target.by_cosine_N, dx_ND, -miss_N * target.by_margin_N)
         return torch.nn.functional.softplus(odds_N)
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, w_CD, rows_S, target_N, over_sum_N, at_target_N, dx_ND = ctx.saved_tensors
+        w_RD, target_N, by_N, at_target_N, dx_ND, dm_N = ctx.saved_tensors
         grad_x_ND = None if dx_ND is None else dx_ND * grad_N[:, None]
+        grad_m_N = dm_N * grad_N if ctx.needs_input_grad[2] else None
         grad_w: Tensor | None = None
         if ctx.needs_input_grad[1]:
-            tiles = _Tiles(x_ND, w_CD, rows_S, target_N, ctx.settings)
-            grad_SD = w_CD.new_empty(tiles.size, w_CD.shape[1])
-            for start in tiles.starts():
-                w_cD, inverse_c1 = tiles.centres(start)
-                g_Nc = tiles.exponentials(w_cD, start, at_target_N=at_target_N * grad_N, by_N=over_sum_N * grad_N)
-                d_cD = product(g_Nc.T, x_ND, ctx.settings.product_dtype)
-                # Through w / |w|: the part along w has no effect, the rest shrinks with |w|.
-                d_cD.sub_((d_cD * w_cD).sum(1, keepdim=True) * w_cD).mul_(inverse_c1)
-                grad_SD[start : start + w_cD.shape[0]] = d_cD
-            grad_w = grad_SD
-            if rows_S is not None and not ctx.settings.sparse_gradient:
-                grad_w = torch.zeros_like(w_CD).index_copy_(0, rows_S, grad_SD)
-            elif rows_S is not None:
-                grad_w = torch.sparse_coo_tensor(
-                    rows_S[None], grad_SD, w_CD.shape, is_coalesced=True, check_invariants=False
-                )
-        return grad_x_ND, grad_w, None, None, None, None, None
+            gradient = CentreGradient(
+                ctx.math, ctx.sampled, target_N, by_N * grad_N, at_target_N * grad_N, ctx.kept, ctx.version
+            )
+            if ctx.waiting is None:
+                grad_w = _materialise(gradient, w_RD)
+            else:
+                ctx.waiting.append(gradient)
+        return grad_x_ND, grad_w, grad_m_N, *[None] * 7
+
+
+def _materialise(gradient: CentreGradient, w_RD: Tensor) -> Tensor:
+    """The gradient as autograd wants it: dense, or of sampled classes' rows alone. One host sync for the latter."""
+    math, sampled = gradient.math, gradient.sampled
+    settings = math.settings
+    K, D = settings.subcentres, w_RD.shape[1]
+    size = math.size if sampled is None else len(sampled.rows_S)
+    grad_SD = math.x_ND.new_empty(size * K, D)
+    for tile in tiles_of(math.size, settings.tile(math.x_ND.shape[0], math.x_ND.device), sampled):
+        raw_kD = tile.take(w_RD, K).to(math.x_ND.dtype)
+        out_kD = grad_SD[tile.start * K : tile.stop * K]
+        radial_k = gradient.add_(out_kD, tile, raw_kD, 0.0)
+        out_kD.addcmul_(raw_kD, radial_k[:, None], value=-1)
+    grad_SD = grad_SD.to(w_RD.dtype)
+    if sampled is None:
+        return grad_SD
+    classes_S = sampled.trimmed(math.size)
+    rows_S = (classes_S[:, None] * K + torch.arange(K, device=classes_S.device)).flatten()
+    grad_SD = grad_SD[: len(rows_S)]
+    if settings.sparse_gradient:
+        return torch.sparse_coo_tensor(rows_S[None], grad_SD, w_RD.shape, is_coalesced=True, check_invariants=False)
+    return torch.zeros_like(w_RD).index_copy_(0, rows_S, grad_SD)
 
 
 def streaming_margin_softmax(
     x_ND: Tensor,
-    w_CD: Tensor,
+    w_RD: Tensor,
     target_N: Tensor,
     margin_N: Tensor,
     settings: SoftmaxSettings,
     group: dist.ProcessGroup | None,
-    rows_S: Tensor | None = None,
+    *,
+    margin: TargetMargin,
+    sampled: SampledRows | None = None,
+    negatives: Negatives | None = None,
 ) -> Tensor:
     """Loss of every row of the global batch, -log softmax of its target over the classes of all shards.
 
-    x_ND: float32 (or float64) unit embeddings, the same on all ranks. w_CD: this rank's raw centres.
-    target_N: int64, the target's row in this shard (its position in rows_S when sampled), or -1 when another
-    rank owns it. margin_N: the target's margin, read where target_N >= 0. rows_S: sorted distinct rows that
-    take part, or None for all; the gradient of w_CD then has just these rows.
+    x_ND: float32 (or float64) unit embeddings, the same on all ranks. w_RD: this rank's raw centres, float32 or bf16.
+    target_N: int64, the target's class in this shard, or -1 when another rank owns it. margin_N: the target's margin,
+    read where target_N >= 0, differentiable. sampled: the classes that take part, all targets among them, or None for
+    all. margin: what it does to the target's cosine. negatives: what becomes of the others', None for nothing.
 
     Returns (N,), the same on all ranks. A row whose target no rank owns has a meaningless loss: leave it out
-    of the mean, and it leaves no gradient. Backward gives x_ND this shard's share of the gradient (sum over
-    ranks to get all of it) and w_CD the whole. Forward runs one all-reduce of 2N floats, backward none.
+    of the mean, and it leaves no gradient. Backward gives x_ND and margin_N this shard's share of the gradient (sum
+    over ranks to get all of it) and w_RD the whole: to its optimizer where that takes it (`partial_fc.deferred`), else
+    as .grad. Forward runs one all-reduce of 2N floats, backward none.
     """
+    if settings.impl == "reference":
+        return sharded_margin_softmax(x_ND, w_RD, target_N, margin_N, settings, group, margin, sampled, negatives)
     loss_N: Tensor = _StreamingSoftmax.apply(  # type: ignore[no-untyped-call]
-        x_ND, w_CD, rows_S, target_N, margin_N, settings, group
+        x_ND, w_RD, margin_N, target_N, sampled, settings, margin, negatives, group, deferred(w_RD)
     )
     return loss_N

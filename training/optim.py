@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from configs.schema import OptimConfig
+from configs.schema import HeadConfig, OptimConfig
 from partial_fc.optim import CentreAdamW, CentreSGD
 
 _ADAMW_BETA2 = 0.999
@@ -16,16 +16,35 @@ _POLYNOMIAL_POWER = 2
 
 
 def build_optimizers(
-    backbone: Iterable[nn.Parameter], centres: Iterable[nn.Parameter], config: OptimConfig
+    backbone: Iterable[nn.Parameter],
+    centres: Iterable[nn.Parameter],
+    config: OptimConfig,
+    head: HeadConfig,
+    *,
+    seed: int,
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """One optimizer for the replicated backbone, one for this rank's class centres, with the same settings."""
+    """One optimizer for the replicated backbone, one for this rank's class centres, with the same settings.
+
+    seed: of the rounding of bf16 centres.
+    """
+    lr, decay, sphere = config.lr, config.weight_decay, head.on_sphere
     if config.name == "sgd":
-        kwargs = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        return torch.optim.SGD(backbone, **kwargs), CentreSGD(centres, **kwargs)  # type: ignore[arg-type]
+        return (
+            torch.optim.SGD(backbone, lr=lr, momentum=config.momentum, weight_decay=decay),
+            CentreSGD(
+                centres,
+                lr=lr,
+                momentum=config.momentum,
+                weight_decay=decay,
+                on_sphere=sphere,
+                catch_up=head.missed_steps == "catch_up",
+                seed=seed,
+            ),
+        )
     betas = (config.momentum, _ADAMW_BETA2)
     return (
-        torch.optim.AdamW(backbone, lr=config.lr, betas=betas, weight_decay=config.weight_decay),
-        CentreAdamW(centres, lr=config.lr, betas=betas, weight_decay=config.weight_decay),
+        torch.optim.AdamW(backbone, lr=lr, betas=betas, weight_decay=decay),
+        CentreAdamW(centres, lr=lr, betas=betas, weight_decay=decay, on_sphere=sphere, seed=seed),
     )
 
 

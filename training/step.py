@@ -2,7 +2,7 @@
 
     images -> backbone -> unit embedding -> packed gather -> head (+ contrastive, alignment) -> backward -> optimizers
 
-The loss is differentiated in two stages: first down to the unit embeddings, then on through the backbone. The
+The loss is differentiated in two stages: first down to the embeddings, then on through the backbone. The
 head's memory is free before the backbone's backward begins, and its time can be told apart.
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,7 +20,7 @@ from backbones import normalise_pixels
 from clustering.service import ClusterService
 from configs.schema import RunConfig
 from data.batch import Batch
-from partial_fc.collectives import GatheredBatch, gather_batch
+from partial_fc.collectives import GatheredBatch
 from partial_fc.head import PartialFCHead
 from training.optim import set_learning_rate
 from training.timing import Stopwatch
@@ -88,16 +87,20 @@ class TrainStep:
         bf16 = self.config.train.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             embedding_BD = self.backbone(normalise_pixels(micro.images))
-        unit_BD = F.normalize(embedding_BD.float())
 
         with self.head_time:
-            leaf_BD = unit_BD.detach().requires_grad_()
-            batch = gather_batch(leaf_BD, micro.labels, micro.sample_ids, self.head.group)
+            leaf_BD = embedding_BD.detach().float().requires_grad_()
+            batch = self.head.gather(leaf_BD, micro.labels, micro.sample_ids)
             contrastive = alignment = torch.zeros((), device=self.device)
             if self.service is None:
                 total = margin = self.head(batch, step=step)
             else:
-                margin = self.head(batch, step=step, row_margins_N=self.service.row_margins(batch))
+                margin = self.head(
+                    batch,
+                    step=step,
+                    row_margins_N=self.service.row_margins(batch),
+                    hard_classes_M=self.service.hard_classes(batch),
+                )
                 total = margin
                 ramp = self.service.ramp(step)
                 if ramp > 0:
@@ -106,7 +109,7 @@ class TrainStep:
                     alignment = self.service.alignment(batch, self.head.weight)
                     total = margin + ramp * (c.contrastive_weight * contrastive + c.alignment_weight * alignment)
             (total * share).backward()
-        unit_BD.backward(leaf_BD.grad)
+        embedding_BD.backward(leaf_BD.grad)
         unusable = (batch.labels_N < 0).sum()
         values = torch.stack([t.detach().float() for t in (total, margin, contrastive, alignment, unusable)])
         return values, batch

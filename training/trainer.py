@@ -78,7 +78,9 @@ class Trainer:
             product_dtype=self.product_dtype,
         ).to(ranks.device)
         self.service = self._build_service() if config.clustering.enabled else None
-        self.optimizers = build_optimizers(self.backbone.parameters(), self.head.parameters(), config.optim)
+        self.optimizers = build_optimizers(
+            self.backbone.parameters(), self.head.parameters(), config.optim, config.head, seed=train.seed
+        )
         self.train_step = TrainStep(
             backbone=self.backbone,
             head=self.head,
@@ -114,10 +116,11 @@ class Trainer:
         return {"records": records, **to_dict(self.config)}
 
     def _state(self) -> dict[str, Any]:
+        # Optimizers first: that of the class centres may bring them up to date.
         state: dict[str, Any] = {
             "settings": self._settings(),
-            "head": self.head.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "head": self.head.state_dict(),
             "backbone": self.backbone.module.state_dict(),
             "service": None if self.service is None else self.service.state_dict(),
             "unusable": self.meter.unusable,

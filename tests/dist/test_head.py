@@ -25,7 +25,7 @@ from partial_fc.reference import (
     straight_through_logit,
 )
 from partial_fc.sampling import drawn_classes
-from partial_fc.softmax import shift_for
+from partial_fc.tiles import shift_for
 from sharding import Shard, shard_of
 from tests.ranks import WORLD_SIZES, RankPool
 

@@ -94,7 +94,7 @@ def _train(group: dist.ProcessGroup, accumulation: int, clusters: bool, steps: i
             steps_per_epoch=PER_EPOCH,
             bank_dtype=torch.float32,
         )
-    optimizers = build_optimizers(backbone.parameters(), head.parameters(), config.optim)
+    optimizers = build_optimizers(backbone.parameters(), head.parameters(), config.optim, config.head, seed=0)
     train_step = TrainStep(
         backbone=backbone, head=head, service=service, optimizers=optimizers, config=config, device=CPU
     )

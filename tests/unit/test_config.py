@@ -109,7 +109,10 @@ def test_a_single_name_is_a_list_of_one() -> None:
         ("clustering.shrinkage=1e999", "clustering.shrinkage: expected a finite number, got inf"),
         ("eval.every_epochs=1" + 400 * "0", "eval.every_epochs: expected a finite number, got 1000"),
         ("optim.name=lion", "optim.name: expected sgd or adamw, got 'lion'"),
-        ("head.loss=softmax", "head.loss: expected arcface, cosface or combined, got 'softmax'"),
+        (
+            "head.loss=softmax",
+            "head.loss: expected arcface, cosface, combined, magface, adaface or curricularface, got 'softmax'",
+        ),
         ("head.m1=2", "head.m1: expected 1 to 8; 1 unless combined, got 2.0"),
         ("head.m3=0.1", "head.m3: expected 0 <= m3 < 1; 0 unless combined, got 0.1"),
         ("head.interclass_filter=1", "head.interclass_filter: expected 0 (off) to below 1, got 1.0"),
@@ -177,8 +180,18 @@ def test_empty_sections_and_files_are_defaults(tmp_path: Path) -> None:
 
 def test_every_field_has_a_docstring_or_a_plain_name() -> None:
     """The schema is the settings' reference: only names that speak for themselves go without a sentence."""
-    plain = {"epochs", "seed", "momentum", "weight_decay", "name", "batch_size"}
-    source = (ROOT / "configs/schema.py").read_text()
+    plain = {
+        "length_high",
+        "margin_low",
+        "margin_high",
+        "epochs",
+        "seed",
+        "momentum",
+        "weight_decay",
+        "name",
+        "batch_size",
+    }
+    source = (ROOT / "configs/head.py").read_text() + (ROOT / "configs/schema.py").read_text()
     for section in dataclasses.fields(RunConfig):
         for field in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
             after = source.split(f"\n    {field.name}: ", 1)[1].split("\n", 2)[1]

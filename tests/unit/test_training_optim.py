@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from configs.schema import OptimConfig
+from configs.schema import HeadConfig, OptimConfig
 from partial_fc.optim import CentreAdamW, CentreSGD
 from training.optim import build_optimizers, learning_rate, set_learning_rate
 
@@ -43,7 +43,7 @@ def test_warm_up_longer_than_the_run_never_overshoots() -> None:
 @pytest.mark.parametrize(("name", "kind"), [("sgd", CentreSGD), ("adamw", CentreAdamW)])
 def test_both_optimizers_have_the_same_settings(name: str, kind: type) -> None:
     backbone, centres = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3, 2))
-    pair = build_optimizers([backbone], [centres], OptimConfig(name=name, weight_decay=0.3))  # type: ignore[arg-type]
+    pair = build_optimizers([backbone], [centres], OptimConfig(name=name, weight_decay=0.3), HeadConfig(), seed=0)  # type: ignore[arg-type]
     assert isinstance(pair[1], kind)
     set_learning_rate(pair, 0.125)
     for optimizer in pair:

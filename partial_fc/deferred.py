@@ -1,0 +1,90 @@
+"""Gradients of class centres that are not computed in backward but by the optimizer, tile by tile as it applies them.
+
+The gradient of C centres is a function of the batch, N rows, and of the centres: to keep it for later, its makings are
+enough. An optimizer of `partial_fc.optim` declares that it takes them (`accept`); the softmax's backward then leaves a
+`CentreGradient` with the parameter and no `.grad`. No array (C, D) is ever made for the gradient, accumulation over
+micro-batches keeps a list, and a tile of centres is read, changed and written once.
+
+Legend: as in `partial_fc.tiles`; U classes that any of several batches took.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partial_fc.products import add_product_
+from partial_fc.tiles import SampledRows, Tile, TileMath, position_of
+
+_NAME = "_deferred_gradients"
+
+
+@dataclass(frozen=True, slots=True)
+class CentreGradient:
+    """Makings of one batch's gradient of this rank's centres."""
+
+    math: TileMath
+    sampled: SampledRows | None
+    target_N: Tensor
+    """int64: the target's class in this shard, -1 where another rank owns it."""
+    by_N: Tensor
+    at_target_N: Tensor
+    """Both as `TileMath.gradient` takes them."""
+    kept: dict[int, tuple[Tensor, Tensor]]
+    """Cosines and inverse lengths of some tiles, by the tile's start."""
+    version: int
+    """The parameter's at the time: the makings mean nothing for other centres."""
+    member_U: Tensor | None = None
+    """Of the union of several batches' classes: those that this one took. The others get no gradient from it."""
+
+    def over(self, union: SampledRows | None) -> CentreGradient:
+        """The same gradient, for tiles of the union of several batches' classes."""
+        if union is None or self.sampled is None:
+            return self
+        place_U = torch.searchsorted(self.sampled.rows_S, union.rows_S).clamp_max(len(self.sampled.rows_S) - 1)
+        return dataclasses.replace(
+            self,
+            math=self.math.at(position_of(self.target_N, union)),
+            sampled=union,
+            kept={},
+            member_U=self.sampled.rows_S[place_U] == union.rows_S,
+        )
+
+    def add_(self, out_kD: Tensor, tile: Tile, raw_kD: Tensor, keep: float) -> Tensor:
+        """out = keep out + g_kN x_ND; returns radial_k (k,): the gradient lacks - radial_k raw_kD."""
+        found = self.kept.pop(tile.start, None)
+        cosine_kN, inverse_k = self.math.cosines(raw_kD) if found is None else found
+        g_kN, radial_k = self.math.gradient(tile, cosine_kN, inverse_k, self.by_N, self.at_target_N)
+        if self.member_U is not None:
+            member_k = self.member_U[tile.start : tile.stop].repeat_interleave(self.math.settings.subcentres)
+            g_kN.mul_(member_k[:, None])
+            radial_k.mul_(member_k)
+        add_product_(out_kD, g_kN, self.math.x_ND, self.math.settings.product_dtype, keep=keep)
+        return radial_k
+
+
+def union_of(samples: Sequence[SampledRows], size: int) -> SampledRows:
+    """The classes of several batches. No host sync: padding makes up for what is counted twice."""
+    taken = torch.zeros(size + 1, dtype=torch.bool, device=samples[0].rows_S.device)  # one place more, for padding
+    for sample in samples:
+        taken[sample.rows_S] = True
+    draws = {sample.draw: sample.sure for sample in samples}  # micro-batches of a step draw the same classes
+    most = sum(draws.values()) + sum(len(sample.rows_S) - sample.sure for sample in samples)
+    rows_U = torch.nonzero_static(taken[:-1], size=min(size, most), fill_value=size)[:, 0]
+    return SampledRows(rows_U, max(draws.values()), -1)
+
+
+def accept(parameter: Tensor) -> None:
+    """From now on the softmax defers this parameter's gradients. For optimizers that apply them."""
+    if deferred(parameter) is None:
+        setattr(parameter, _NAME, [])
+
+
+def deferred(parameter: Tensor) -> list[CentreGradient] | None:
+    """The gradients that wait; None when nobody has declared to take them."""
+    waiting: list[CentreGradient] | None = getattr(parameter, _NAME, None)
+    return waiting
