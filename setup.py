@@ -37,6 +37,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "triton; platform_system == 'Linux'",
             "types-PyYAML",
         ],
     },
