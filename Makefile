@@ -41,10 +41,12 @@ GPUS = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | w
 ON_GPU = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr 'A-Z ' 'a-z-')_$(shell date -u +%F)
 RESULTS := benchmarks/results
 
-bench-gpu: $(STAMP)  ## the same on GPUs at larger sizes, with results to commit
+bench-gpu: $(STAMP)  ## the same on GPUs, up to 29 million identities, with results to commit
 	@[ $(GPUS) -gt 0 ] || { echo "error: nvidia-smi names no GPU here: use 'make bench'" >&2; exit 2; }
 	@$(BIN)/python -m benchmarks.head --device cuda --batch 1024 --classes 93431 360232 2059906 --rates 1 0.3 0.1 \
 		--repeats 10 --warmup 3 --out $(RESULTS)/head_$(ON_GPU).md --plot $(RESULTS)/head_$(ON_GPU).png
+	@$(BIN)/python -m benchmarks.head --device cuda --batch 1024 --classes 29000000 --rates 1 --centre-dtype bf16 \
+		--out $(RESULTS)/head-29m_$(ON_GPU).md
 	@$(BIN)/python -m benchmarks.optim --device cuda --batch 128 --classes 360232 2059906 --repeats 10 --warmup 3 \
 		--out $(RESULTS)/optim_$(ON_GPU).md
 	@[ $(GPUS) -lt 2 ] || $(BIN)/python -m benchmarks.collectives --device cuda --ranks $(GPUS) \

@@ -10,12 +10,12 @@ import sys
 from benchmarks.arms import DENSE, OURS, STYLE, Arm, Problem
 from benchmarks.memory import peak_extra
 from benchmarks.rivals import RIVALS
-from configs.schema import TrainConfig
+from configs.schema import HeadConfig, TrainConfig
 from training.distributed import open_ranks
 
 
 def extra_in_own_process(
-    arm: Arm, classes: int, *, batch: int, dim: int, device: str, threads: int, seed: int
+    arm: Arm, classes: int, *, batch: int, dim: int, device: str, threads: int, seed: int, config: HeadConfig
 ) -> int | None:
     """Bytes beyond weights, momentum and batch, of a head's second step; None where the system does not tell.
 
@@ -23,6 +23,7 @@ def extra_in_own_process(
     """
     values = {"kind": arm.kind, "rate": arm.rate, "classes": classes, "batch": batch, "dim": dim}
     values |= {"device": device, "threads": threads, "seed": seed}
+    values |= {"impl": config.impl, "centre-dtype": config.centre_dtype}
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.arm_memory", *(f"--{name}={value}" for name, value in values.items())],
         stdout=subprocess.PIPE,
@@ -40,13 +41,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.arm_memory", description=__doc__)
     parser.add_argument("--kind", choices=(STYLE, DENSE, OURS, *RIVALS), required=True)
     parser.add_argument("--rate", type=float, required=True)
-    parser.add_argument("--device", required=True)
+    for name in ("device", "impl", "centre-dtype"):
+        parser.add_argument(f"--{name}", required=True)
     for name in ("classes", "batch", "dim", "threads", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
     arm = Arm(args.kind, args.rate)
+    config = HeadConfig(impl=args.impl, centre_dtype=args.centre_dtype)
     with open_ranks(TrainConfig(device=args.device, cpu_threads=args.threads)) as ranks:
-        problem = Problem(args.classes, batch=args.batch, dim=args.dim, seed=args.seed, ranks=ranks)
+        problem = Problem(args.classes, batch=args.batch, dim=args.dim, seed=args.seed, config=config, ranks=ranks)
         problem.step(arm, 0)  # makes the momentum, loads what is loaded at first use
         extra = peak_extra(lambda: problem.step(arm, 1) and None, ranks.device)
     print("unknown" if extra is None else extra)

@@ -13,13 +13,14 @@ Legend: B rows of one rank, W ranks, N = W x B rows of all ranks, D embedding si
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import socket
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -36,10 +37,10 @@ from training.distributed import Ranks, open_ranks
 from training.timing import Stopwatch
 
 _TITLE = "Collectives of the head: one step"
-_HEADER = ("ranks", "pattern", "collectives", "sent kB", "step ms", "range ms", "speed")
+_HEADER = ("ranks", "pattern", "calls", "sent kB", "step ms", "range ms", "speed")
 _CLASSES = 64  # a rank, of the real head whose collectives are counted
 
-THEIRS, OURS = "partial_fc_style", "ours"
+THEIRS, OURS, OURS_BF16 = "partial_fc_style", "ours", "ours, bf16 wire"
 
 
 class Batch:
@@ -54,9 +55,9 @@ class Batch:
         self.ranks = ranks
 
 
-def ours(batch: Batch) -> None:
-    """One all-gather, one all-reduce of 2N floats; backward one reduce-scatter."""
-    gathered = gather_batch(batch.x_BD, batch.labels_B, batch.labels_B, batch.ranks.group)
+def ours(batch: Batch, wire_dtype: torch.dtype = torch.float32) -> None:
+    """One all-gather, one all-reduce of 2N floats; backward one reduce-scatter, or in bf16 one all-to-all."""
+    gathered = gather_batch(batch.x_BD, batch.labels_B, batch.labels_B, batch.ranks.group, wire_dtype=wire_dtype)
     all_reduce_(gathered.x_ND.new_zeros(2, len(gathered.x_ND)), batch.ranks.group)
     gathered.x_ND.backward(batch.grad_ND)
 
@@ -89,7 +90,11 @@ def theirs(batch: Batch) -> None:
     x_ND.backward(batch.grad_ND)
 
 
-PATTERNS: dict[str, Callable[[Batch], None]] = {THEIRS: theirs, OURS: ours}
+PATTERNS: dict[str, Callable[[Batch], None]] = {
+    THEIRS: theirs,
+    OURS: ours,
+    OURS_BF16: functools.partial(ours, wire_dtype=torch.bfloat16),
+}
 
 
 def count(step: Callable[[Batch], None], batch: Batch) -> Tally:
@@ -100,18 +105,21 @@ def count(step: Callable[[Batch], None], batch: Batch) -> Tally:
     return tally
 
 
-def count_head(batch: Batch) -> Tally:
+def check_head(batch: Batch, wire_dtype: Literal["fp32", "bf16"]) -> Tally:
     """The same of the real head, over few classes. It must run what `ours` runs: raises RuntimeError if not."""
     W, dim = batch.ranks.world_size, batch.x_BD.shape[1]
     head = PartialFCHead(
-        num_classes=W * _CLASSES, embedding_size=dim, config=HeadConfig(), group=batch.ranks.group, seed=0
+        num_classes=W * _CLASSES,
+        embedding_size=dim,
+        config=HeadConfig(wire_dtype=wire_dtype),
+        group=batch.ranks.group,
+        seed=0,
     ).to(batch.ranks.device)
 
     def step(batch: Batch) -> None:
-        gathered = gather_batch(batch.x_BD, batch.labels_B, batch.labels_B, batch.ranks.group)
-        head(gathered, step=0).backward()
+        head(head.gather(batch.x_BD, batch.labels_B, batch.labels_B), step=0).backward()
 
-    real, alone = count(step, batch), count(ours, batch)
+    real, alone = count(step, batch), count(PATTERNS[OURS if wire_dtype == "fp32" else OURS_BF16], batch)
     if (real.calls, real.sent) != (alone.calls, alone.sent):
         raise RuntimeError(
             f"the head runs {real}, {real.sent:.0f} bytes; this benchmark {alone}, {alone.sent:.0f} bytes: mend it"
@@ -123,8 +131,9 @@ def time_patterns(batch: Batch, warmup: int, repeats: int) -> dict[str, list[flo
     """Seconds of each turn by pattern: of the rank that took longest, from a common start."""
     times: dict[str, list[float]] = {name: [] for name in PATTERNS}
     for turn in range(-warmup, repeats):
-        names = list(PATTERNS) if turn % 2 else list(reversed(PATTERNS))  # neither always comes first
-        for name in names:
+        names = list(PATTERNS)
+        first = turn % len(names)  # none always comes first
+        for name in (*names[first:], *names[:first]):
             watch = Stopwatch(batch.ranks.device)
             batch.ranks.barrier()
             with watch:
@@ -140,7 +149,8 @@ def time_patterns(batch: Batch, warmup: int, repeats: int) -> dict[str, list[flo
 def compare(args: argparse.Namespace, arguments: Sequence[str], ranks: Ranks) -> None:
     """On every rank; the first one prints and writes."""
     batch = Batch(args.batch, args.dim, ranks)
-    count_head(batch)
+    check_head(batch, "fp32")
+    check_head(batch, "bf16")
     tallies = {name: count(step, batch) for name, step in PATTERNS.items()}
     times = time_patterns(batch, args.warmup, args.repeats)
     if not ranks.is_main:
@@ -170,7 +180,7 @@ def compare(args: argparse.Namespace, arguments: Sequence[str], ranks: Ranks) ->
     about |= {name: str(tally) for name, tally in tallies.items()}
     about["sent kB"] = "of one rank, on average, by the algorithm that sends the least"
     about["speed"] = f"steps in the time of one step of {THEIRS}"
-    publish(_TITLE, _HEADER, texts, about=about, rows=rows, out=args.out)
+    publish(_TITLE, _HEADER, texts, about=about, rows=rows, out=args.out, only_in_file=("range ms",))
 
 
 def _work(local_rank: int, args: argparse.Namespace, arguments: Sequence[str], port: int) -> None:

@@ -46,15 +46,23 @@ def measure(classes: int, arms: Sequence[Arm], peak: float, args: argparse.Names
     gc.collect()  # what an earlier number of classes left behind
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
+    config = HeadConfig(impl=args.impl, centre_dtype=args.centre_dtype)
     skipped = {arm: why_not(arm, classes, args, ranks.device) for arm in arms}
     running = [arm for arm in arms if not skipped[arm]]
     extra = {
         arm: extra_in_own_process(
-            arm, classes, batch=args.batch, dim=args.dim, device=args.device, threads=args.threads, seed=args.seed
+            arm,
+            classes,
+            batch=args.batch,
+            dim=args.dim,
+            device=args.device,
+            threads=args.threads,
+            seed=args.seed,
+            config=config,
         )
         for arm in running
     }
-    problem = Problem(classes, batch=args.batch, dim=args.dim, seed=args.seed, ranks=ranks)
+    problem = Problem(classes, batch=args.batch, dim=args.dim, seed=args.seed, config=config, ranks=ranks)
     problem.check(running)
     times: dict[Arm, list[tuple[float, float]]] = {arm: [] for arm in running}
     for turn in range(-args.warmup, args.repeats):
@@ -86,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=1, help="turns before those, default 1")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="cuda: products in bf16")
     parser.add_argument("--threads", type=int, default=0, help="for arithmetic on the CPU, default all cores")
+    parser.add_argument("--impl", choices=["auto", "torch", "triton"], default="auto", help="of ours")
+    parser.add_argument("--centre-dtype", choices=["fp32", "bf16"], default="fp32", help="of ours, and of its momentum")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--memory-limit", type=float, default=0.0, metavar="GB",
@@ -125,7 +135,8 @@ def _compare(args: argparse.Namespace, ranks: Ranks, about: dict[str, str]) -> N
             about[f"{row.arm} at {row.classes:,} classes"] = f"left out: {row.skipped}"
     precision = "bf16 products, fp32 sums" if ranks.device.type == "cuda" else "fp32"
     about["work"] = (
-        f"B = {args.batch}, D = {args.dim}, ArcFace, {precision}, SGD with momentum, 1 rank; median of "
+        f"B = {args.batch}, D = {args.dim}, ArcFace, {precision}, SGD with momentum, 1 rank; ours with "
+        f"impl={args.impl} and {args.centre_dtype} centres; median of "
         f"{args.repeats} turns after {args.warmup} of warm-up, the heads alternating"
     )
     about["GEMM peak"] = f"{peak / 1e12:.3g} Tflop/s, measured before the heads: {products}"

@@ -2,8 +2,8 @@
 
 Backward and the optimizer's step are timed together: ours makes the centres' gradient as it applies it, the others
 find it in .grad. Torch's SGD and AdamW get a dense gradient and walk over every centre; SparseAdam gets the drawn rows'
-alone. A small batch keeps the matrix products short, so that what is left is the
-walk over the centres. All work on the same centres, in turns; forward is not timed.
+alone, and so does CentreSGD with fused=False. A small batch keeps the matrix products short, so that what is left is
+the walk over the centres. All work on the same centres, in turns; forward is not timed.
 
 Legend: B rows of the batch, D embedding size, C classes.
 """
@@ -56,6 +56,11 @@ CONTENDERS = (
         "torch SGD",
         lambda p: torch.optim.SGD(p, lr=_LR, momentum=_MOMENTUM, weight_decay=_DECAY),
         sparse_gradient=False,
+    ),
+    Contender(
+        "CentreSGD, .grad",
+        "torch SGD",
+        lambda p: CentreSGD(p, lr=_LR, momentum=_MOMENTUM, weight_decay=_DECAY, fused=False),
     ),
     Contender("CentreSGD", "torch SGD", lambda p: CentreSGD(p, lr=_LR, momentum=_MOMENTUM, weight_decay=_DECAY)),
     Contender(

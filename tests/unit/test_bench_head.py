@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from benchmarks import head
 from benchmarks.arm_memory import extra_in_own_process
@@ -20,11 +21,12 @@ from benchmarks.plot import power_law, save_step_plot, series
 from benchmarks.rivals import RIVALS, load_rivals, rival_margin_free_loss
 from benchmarks.roofline import gemm_peak, head_flops
 from benchmarks.rows import HEADER, Row, ceilings, cells
-from configs.schema import TrainConfig
-from training.distributed import open_ranks
+from configs.schema import HeadConfig
+from training.distributed import Ranks
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
+ALONE = Ranks(rank=0, world_size=1, device=torch.device("cpu"), group=None, store=HashStore())
 TINY = ("--batch", "8", "--dim", "32", "--repeats", "2", "--threads", "1", "--device", "cpu")
 
 
@@ -75,7 +77,7 @@ def test_writes_every_row_to_both_files(
 def test_memory_of_a_head_in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    options = {"batch": 64, "dim": 64, "device": "cpu", "threads": 1, "seed": 0}
+    options = {"batch": 64, "dim": 64, "device": "cpu", "threads": 1, "seed": 0, "config": HeadConfig()}
     extra = extra_in_own_process(Arm(STYLE), 20_000, **options)
     # Three arrays (B, C) of five megabytes at the least.
     assert extra is None or 15e6 < extra < 1e8
@@ -127,18 +129,29 @@ def test_every_rate_has_its_baseline_first() -> None:
 
 @pytest.mark.parametrize("kind", [STYLE, DENSE, OURS])
 def test_each_head_updates_the_same_centres(kind: str) -> None:
-    with open_ranks(TrainConfig(device="cpu", cpu_threads=1)) as ranks:
-        problem = Problem(123, batch=7, dim=252, seed=1, ranks=ranks)
-        problem.check([Arm(STYLE), Arm(DENSE), Arm(OURS)])
-        before = problem.head.weight.detach().clone()
-        loss = problem.loss(Arm(kind), 0).item()
-        learn, update = problem.step(Arm(kind), 0)
-        assert learn > 0
-        assert update > 0
-        assert not torch.equal(problem.head.weight, before)
-        assert torch.equal(problem.head.weight, problem.w_CD)
-        assert problem.x_BD.grad is problem.w_CD.grad is problem.head.weight.grad is None
-        assert problem.loss(Arm(kind), 0).item() < loss
+    problem = Problem(123, batch=7, dim=252, seed=1, config=HeadConfig(), ranks=ALONE)
+    problem.check([Arm(STYLE), Arm(DENSE), Arm(OURS)])
+    before = problem.head.weight.detach().clone()
+    loss = problem.loss(Arm(kind), 0).item()
+    learn, update = problem.step(Arm(kind), 0)
+    assert learn > 0
+    assert update > 0
+    assert not torch.equal(problem.head.weight, before)
+    assert torch.equal(problem.head.weight, problem.w_CD)
+    assert problem.x_BD.grad is problem.w_CD.grad is problem.head.weight.grad is None
+    assert problem.loss(Arm(kind), 0).item() < loss
+
+
+def test_bf16_centres_of_ours_leave_the_others_theirs() -> None:
+    problem = Problem(123, batch=7, dim=252, seed=1, config=HeadConfig(centre_dtype="bf16"), ranks=ALONE)
+    problem.step(Arm(OURS), 0)
+    assert "w_CD" not in vars(problem)  # no copy where nobody asks for one
+    problem.check([Arm(STYLE), Arm(DENSE), Arm(OURS)])
+    assert problem.w_CD.dtype == torch.float32
+    assert problem.head.weight.dtype == torch.bfloat16
+    before = problem.head.weight.detach().clone()
+    problem.step(Arm(STYLE), 0)
+    assert torch.equal(problem.head.weight, before)
 
 
 def test_drawn_classes_are_counted() -> None:
