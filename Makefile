@@ -32,7 +32,7 @@ format: $(STAMP)  ## let ruff write the format and mend what it can
 	@$(BIN)/ruff format .
 
 bench: $(STAMP)  ## benchmarks that run on this machine, some ten minutes on 2 cores; a plot in runs/bench
-	@$(BIN)/python -m benchmarks.head --plot runs/bench/head.png
+	@$(BIN)/python -m benchmarks.head --rates 1 0.1 0.01 --plot runs/bench/head.png
 	@$(BIN)/python -m benchmarks.optim
 	@$(BIN)/python -m benchmarks.collectives
 
@@ -43,7 +43,7 @@ RESULTS := benchmarks/results
 
 bench-gpu: $(STAMP)  ## the same on GPUs, up to 29 million identities, with results to commit
 	@[ $(GPUS) -gt 0 ] || { echo "error: nvidia-smi names no GPU here: use 'make bench'" >&2; exit 2; }
-	@$(BIN)/python -m benchmarks.head --device cuda --batch 1024 --classes 93431 360232 2059906 --rates 1 0.3 0.1 \
+	@$(BIN)/python -m benchmarks.head --device cuda --batch 1024 --classes 93431 360232 2059906 --rates 1 0.1 0.01 \
 		--repeats 10 --warmup 3 --out $(RESULTS)/head_$(ON_GPU).md --plot $(RESULTS)/head_$(ON_GPU).png
 	@$(BIN)/python -m benchmarks.head --device cuda --batch 1024 --classes 29000000 --rates 1 --centre-dtype bf16 \
 		--out $(RESULTS)/head-29m_$(ON_GPU).md

@@ -32,7 +32,7 @@ def extra_in_own_process(
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # see benchmarks.memory
     )
     if child.returncode:
-        raise RuntimeError(f"memory of {arm} at {classes} classes: exit code {child.returncode}; see above")
+        raise RuntimeError(f"memory of {arm} at {classes} classes: exit code {child.returncode}")
     return int(child.stdout) if child.stdout.strip().isdigit() else None
 
 

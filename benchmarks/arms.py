@@ -52,14 +52,15 @@ class Arm:
         return max(int(self.rate * classes), positives)
 
     def bytes_needed(self, classes: int, batch: int, dim: int) -> int:
-        """What a process with all heads holds at this one's peak, in float32 arrays (C, D), (S, D) and (B, S).
+        """What a process with all heads holds at this one's peak; baseline and dense head checked on CPUs.
 
-        Centres, two momenta and a dense gradient are as large as the shard; the rest is what the step makes, rounded
-        up.
+        Centres and two momenta are always there. Logits and what comes of them are gone when the centres' gradient is
+        made, and that is whole when the optimizer, to decay, makes another array of its size.
         """
         sampled = round(self.rate * classes)
-        rows, logits = {STYLE: (4, 5), DENSE: (4, 5), OURS: (3, 1)}.get(self.kind, (5, 1))
-        return 4 * (4 * classes * dim + rows * sampled * dim + logits * batch * sampled)
+        shard, rows, logits = classes * dim, sampled * dim, batch * sampled
+        copies = {STYLE: 4, DENSE: 5}.get(self.kind, 1)  # of the logits
+        return 4 * max(3 * shard + 3 * rows // 2 + copies * logits, 4 * shard + 4 * rows, 5 * shard)
 
 
 def arms_of(rates: Sequence[float], device: torch.device) -> tuple[list[Arm], dict[str, str]]:

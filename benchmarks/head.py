@@ -42,26 +42,33 @@ def why_not(arm: Arm, classes: int, args: argparse.Namespace, device: torch.devi
 
 
 def measure(classes: int, arms: Sequence[Arm], peak: float, args: argparse.Namespace, ranks: Ranks) -> list[Row]:
-    """A row for each head. Memory first, in processes of their own; then times, in turns. peak: flops a second."""
+    """A row for each head. Memory first, in processes of their own; then times, in turns. peak: flops a second.
+
+    A head other than ours that does not live through the first is left out.
+    """
     gc.collect()  # what an earlier number of classes left behind
     if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
     config = HeadConfig(impl=args.impl, centre_dtype=args.centre_dtype)
     skipped = {arm: why_not(arm, classes, args, ranks.device) for arm in arms}
-    running = [arm for arm in arms if not skipped[arm]]
-    extra = {
-        arm: extra_in_own_process(
-            arm,
-            classes,
-            batch=args.batch,
-            dim=args.dim,
-            device=args.device,
-            threads=args.threads,
-            seed=args.seed,
-            config=config,
-        )
-        for arm in running
-    }
+    extra: dict[Arm, int | None] = {}
+    for arm in (arm for arm in arms if not skipped[arm]):
+        try:
+            extra[arm] = extra_in_own_process(
+                arm,
+                classes,
+                batch=args.batch,
+                dim=args.dim,
+                device=args.device,
+                threads=args.threads,
+                seed=args.seed,
+                config=config,
+            )
+        except RuntimeError as error:
+            if arm.kind == OURS:
+                raise
+            skipped[arm] = str(error)
+    running = list(extra)
     problem = Problem(classes, batch=args.batch, dim=args.dim, seed=args.seed, config=config, ranks=ranks)
     problem.check(running)
     times: dict[Arm, list[tuple[float, float]]] = {arm: [] for arm in running}

@@ -37,20 +37,27 @@ def _table(text: str) -> list[dict[str, str]]:
     return [dict(zip(HEADER, row, strict=True)) for row in rows]
 
 
+def _no_process(arm: Arm, classes: int, **_: object) -> int:
+    if arm == Arm(STYLE, 0.1) and classes == 3000:
+        raise RuntimeError("exit code 1")
+    return 1000 * classes
+
+
 def test_writes_every_row_to_both_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, plot = tmp_path / "new folder" / "head.md", tmp_path / "head.png"
-    monkeypatch.setattr(head, "extra_in_own_process", lambda arm, classes, **_: 1000 * classes)
+    monkeypatch.setattr(head, "extra_in_own_process", _no_process)
     monkeypatch.setenv("COLUMNS", "120")
-    # The limit leaves the others out at 3000 classes, not at 60.
-    options = ["--classes", "60", "3000", *TINY, "--memory-limit", "0.001", "--out", str(out), "--plot", str(plot)]
+    # The limit leaves the others out at 3000 classes, unless they sample, and not at 60.
+    options = ["--classes", "60", "3000", *TINY, "--memory-limit", "0.0025", "--out", str(out), "--plot", str(plot)]
     assert head.main(options) == 0
     printed = capsys.readouterr().out
     text = out.read_text(encoding="utf-8")
     for fact in ("date: ", "hardware: ", "load before: ", "versions: ", "commit: ", "command: `python -m benchmarks"):
         assert f"- {fact}" in text
     assert "- dense at 3,000 classes: left out: it needs" in text
+    assert "- partial_fc_style, rate 0.1 at 3,000 classes: left out: exit code 1" in text
     assert "- Liger: left out: it needs a GPU" in text
     assert "- ceiling: " in text
     assert plot.read_bytes().startswith(b"\x89PNG")
