@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partial_fc import kernels
 from partial_fc.products import add_product_
 from partial_fc.tiles import SampledRows, Tile, TileMath, position_of
 
@@ -38,6 +39,8 @@ class CentreGradient:
     """Cosines and inverse lengths of some tiles, by the tile's start."""
     version: int
     """The parameter's at the time: the makings mean nothing for other centres."""
+    by_kernels: bool
+    """Whether the Triton kernels are to make the gradient."""
     member_U: Tensor | None = None
     """Of the union of several batches' classes: those that this one took. The others get no gradient from it."""
 
@@ -65,6 +68,14 @@ class CentreGradient:
             radial_k.mul_(member_k)
         add_product_(out_kD, g_kN, self.math.x_ND, self.math.settings.product_dtype, keep=keep)
         return radial_k
+
+    def for_kernels(self, w_CD: Tensor) -> kernels.CosineGradient:
+        """The same, as the kernels take it."""
+        rows_S = None if self.sampled is None else self.sampled.rows_S
+        if rows_S is not None and self.member_U is not None:
+            rows_S = torch.where(self.member_U, rows_S, self.math.size)
+        terms = self.math.for_kernels(w_CD, self.target_N, rows_S)
+        return kernels.CosineGradient(terms=terms, by_N=self.by_N, at_target_N=self.at_target_N)
 
 
 def union_of(samples: Sequence[SampledRows], size: int) -> SampledRows:

@@ -26,16 +26,17 @@ _INIT_STD = 0.01
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def initial_centres(start: int, stop: int, dim: int, seed: int) -> Tensor:
-    """Normal(0, 0.01) rows for classes [start, stop): a pure function of (seed, class), float32 (stop-start, D)."""
-    parts = [torch.empty(0, dim)]
+def initial_centres(start: int, stop: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal(0, 0.01) rows for classes [start, stop): a pure function of (seed, class), (stop-start, D)."""
+    centres_CD = torch.empty(stop - start, dim, dtype=dtype)
     for block in range(start // _INIT_BLOCK, -(-stop // _INIT_BLOCK)):
         # The CPU generator takes 32 bits of its seed only: hash seed and block into them.
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1)[0]))
         rows = torch.randn(_INIT_BLOCK, dim, generator=generator) * _INIT_STD
         first = block * _INIT_BLOCK
-        parts.append(rows[max(start - first, 0) : stop - first])
-    return torch.cat(parts)
+        low, high = max(start, first), min(stop, first + _INIT_BLOCK)
+        centres_CD[low - start : high - start] = rows[low - first : high - first]
+    return centres_CD
 
 
 class HeadStateError(ValueError):
@@ -84,8 +85,10 @@ class PartialFCHead(nn.Module):
         self.num_classes, self.config, self.group, self.seed = num_classes, config, group, seed
         self.shard = shard_of(group_rank(group), group_size(group), num_classes)
         K = config.subcentres
-        centres_RD = initial_centres(self.shard.start * K, self.shard.stop * K, embedding_size, seed)
-        self.weight = nn.Parameter(centres_RD.to(_DTYPES[config.centre_dtype]))
+        dtype = _DTYPES[config.centre_dtype]
+        self.weight = nn.Parameter(
+            initial_centres(self.shard.start * K, self.shard.stop * K, embedding_size, seed, dtype)
+        )
         self.margin = target_margin(config.loss, m1=config.m1, m3=config.m3, straight_through=config.straight_through)
         self.magface = _magface(config) if config.loss == "magface" else None
         self.adaface = self.curricular = None

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from partial_fc import tiles
 from partial_fc.kernel_gradient import chunk_sums
 from partial_fc.kernel_parts import MIN_NORM, ROW_BLOCK, ROW_WARPS, length, on_device, tile_rows
 from partial_fc.kernels import AdamW, CosineGradient, Sgd
@@ -125,7 +126,12 @@ def _rule_arguments(rule: Sgd | AdamW | None) -> dict[str, Any]:
     return found
 
 
-def _walk(batches: Sequence[CosineGradient], rows_S: Tensor | None, arguments: dict[str, Any]) -> None:
+def _walk(
+    batches: Sequence[CosineGradient],
+    rows_S: Tensor | None,
+    arguments: dict[str, Any],
+    extra: tuple[Tensor, Tensor] | None = None,
+) -> None:
     w_CD = batches[0].terms.w_CD.detach()
     C, D = w_CD.shape
     S = C if rows_S is None else len(rows_S)
@@ -133,6 +139,11 @@ def _walk(batches: Sequence[CosineGradient], rows_S: Tensor | None, arguments: d
         return
     with on_device(w_CD):
         for start, stop, sums_cE in chunk_sums(batches, rows_S):
+            if extra is not None:
+                # The sums are of unit centres' gradients: the length is divided out again by the step.
+                tile = tiles.Tile(start, stop, None if rows_S is None else rows_S[start:stop], True)
+                length_R = w_CD[extra[0]].float().norm(dim=1).clamp_min(tiles.MIN_NORM)
+                tile.add_rows(sums_cE[:, :D], extra[0], extra[1].float() * length_R[:, None], 1)
             _step_kernel[(triton.cdiv(stop - start, ROW_BLOCK),)](
                 w=w_CD,
                 rows=rows_S,
@@ -159,8 +170,14 @@ def gradient(batches: Sequence[CosineGradient], rows_S: Tensor | None) -> Tensor
 
 
 def update(
-    batches: Sequence[CosineGradient], rows_S: Tensor | None, rule: Sgd | AdamW, *, key: int, first_row: int
+    batches: Sequence[CosineGradient],
+    rows_S: Tensor | None,
+    rule: Sgd | AdamW,
+    *,
+    key: int,
+    first_row: int,
+    extra: tuple[Tensor, Tensor] | None,
 ) -> None:
     """`kernels.update`."""
     signed_key = key - (1 << 32) if key >= 1 << 31 else key  # of one type for Triton, whatever its value
-    _walk(batches, rows_S, _rule_arguments(rule) | {"key": signed_key, "first_row": first_row})
+    _walk(batches, rows_S, _rule_arguments(rule) | {"key": signed_key, "first_row": first_row}, extra)

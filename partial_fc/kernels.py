@@ -163,14 +163,21 @@ def gradient(batches: Sequence[CosineGradient], rows_S: Tensor | None) -> Tensor
 
 
 def update(
-    batches: Sequence[CosineGradient], rows_S: Tensor | None, rule: Sgd | AdamW, *, key: int = 0, first_row: int = 0
+    batches: Sequence[CosineGradient],
+    rows_S: Tensor | None,
+    rule: Sgd | AdamW,
+    *,
+    key: int = 0,
+    first_row: int = 0,
+    extra: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Apply that gradient to the centres that take part, and to their state, in place; no other row is read or written.
 
     Centres and states are float32, or bfloat16 with stochastic rounding by a hash of (key, first_row + row, column),
-    key being a uint32: a class is rounded alike on any number of ranks, and as by `partial_fc.rounding`. Collectives:
-    none.
+    key being a uint32: a class is rounded alike on any number of ranks, and as by `partial_fc.rounding`. extra: int64
+    rows, and gradients (rows, D) of the raw centres that are added, tangent to them as all of this project are; rows
+    that take no part are left. Collectives: none.
     """
     from partial_fc.kernel_update import update as run  # noqa: PLC0415  needs Triton
 
-    run(batches, rows_S, rule, key=key, first_row=first_row)
+    run(batches, rows_S, rule, key=key, first_row=first_row, extra=extra)

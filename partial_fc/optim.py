@@ -9,107 +9,22 @@ Legend: as in `partial_fc.tiles`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partial_fc import kernels
 from partial_fc.catch_up import MissedSteps, missed_steps
-from partial_fc.deferred import CentreGradient, accept, deferred, union_of
+from partial_fc.deferred import accept, deferred
 from partial_fc.rounding import lots, more_lots, stochastic_bf16
-from partial_fc.tiles import MIN_NORM, SampledRows, Tile, tiles_of
+from partial_fc.tiles import MIN_NORM, Tile
+from partial_fc.work import CentreWork
 
-_PLAIN_TILE = 1 << 21
-"""Numbers of a tile where a plain .grad is applied."""
-
-
-class CentreGradientError(RuntimeError):
-    """Gradients of class centres that this optimizer cannot apply."""
-
-
-class _Work:
-    """A parameter's gradients of this step, tile by tile: deferred ones, and what lies in .grad."""
-
-    def __init__(self, p: Tensor, waiting: list[CentreGradient]) -> None:
-        self.p = p
-        self.sampled: SampledRows | None = None
-        self.subcentres, self.step, self.first_class = 1, max(1, _PLAIN_TILE // max(1, p.shape[1])), 0
-        grad = p.grad
-        self.values_SD = None if grad is None or grad.is_sparse else grad
-        self.rows_S: Tensor | None = None
-        if grad is not None and grad.is_sparse:
-            grad = grad.coalesce()
-            self.rows_S, self.values_SD = grad.indices()[0], grad.values()
-            self.sampled = SampledRows(self.rows_S, len(self.rows_S), 0)
-        self.gradients: list[CentreGradient] = []
-        if waiting:
-            self._take(waiting)
-
-    def _take(self, waiting: list[CentreGradient]) -> None:
-        math = waiting[0].math
-        if any(gradient.version != self.p._version for gradient in waiting):
-            raise CentreGradientError(
-                "class centres were changed between the loss and the optimizer's step, which still needs them as they "
-                "were: change them after the step, or build the optimizer with fused=False"
-            )
-        self.sampled = waiting[0].sampled
-        if self.sampled is not None and len(waiting) > 1:
-            self.sampled = union_of([gradient.sampled for gradient in waiting if gradient.sampled], math.size)
-            waiting = [gradient.over(self.sampled) for gradient in waiting]
-        if self.sampled is not None and self.values_SD is not None and self.rows_S is None:
-            raise CentreGradientError(
-                "class centres have a dense gradient beside the sampled softmax's: build the optimizer with fused=False"
-            )
-        self.gradients, self.subcentres = waiting, math.settings.subcentres
-        self.first_class = math.settings.first_class
-        self.step = math.settings.tile(len(math.x_ND), math.x_ND.device)
-
-    def global_rows(self, tile: Tile) -> Tensor:
-        """int64 (k,): rows of the tile, counted over all ranks."""
-        classes_c = tile.classes_c
-        if classes_c is None:
-            classes_c = torch.arange(tile.start, tile.stop, device=self.p.device)
-        return (
-            (classes_c + self.first_class)[:, None] * self.subcentres
-            + torch.arange(self.subcentres, device=self.p.device)
-        ).flatten()
-
-    def tiles(self) -> Iterator[Tile]:
-        return tiles_of(len(self.p) // self.subcentres, self.step, self.sampled)
-
-    def add_(self, tile: Tile, raw_kD: Tensor, out_kD: Tensor, keep: float) -> Tensor:
-        """out = keep out + gradient, but for - radial_k1 raw_kD, which is left to the caller. Returns radial_k1."""
-        radial_k = raw_kD.new_zeros(len(raw_kD))
-        for gradient in self.gradients:
-            radial_k.add_(gradient.add_(out_kD, tile, raw_kD, keep))
-            keep = 1.0
-        if self.values_SD is not None:
-            if keep != 1.0:
-                out_kD.mul_(keep)
-            self._add_values(tile, out_kD)
-        return radial_k[:, None]
-
-    def _add_values(self, tile: Tile, out_kD: Tensor) -> None:
-        assert self.values_SD is not None
-        K = self.subcentres
-        if self.rows_S is None or not self.gradients:
-            out_kD.add_(self.values_SD[tile.start * K : tile.stop * K])
-            return
-        # Rows of .grad beside the softmax's own (the alignment loss): its classes took part in the softmax too.
-        place_S = self.rows_S // K
-        if tile.classes_c is not None:
-            place_S = torch.searchsorted(tile.classes_c, place_S).clamp_max(len(tile.classes_c) - 1)
-            here_S = tile.classes_c[place_S] == self.rows_S // K
-        else:
-            place_S = place_S - tile.start
-            here_S = (place_S >= 0) & (place_S < tile.stop - tile.start)
-            place_S = place_S.clamp(0, tile.stop - tile.start - 1)
-        if not out_kD.is_cuda and not here_S.any():
-            return  # on a GPU the look would cost more than the work
-        values_SD = torch.where(here_S[:, None], self.values_SD, 0).to(out_kD.dtype)
-        out_kD.index_add_(0, place_S * K + self.rows_S % K, values_SD)
+_TINY = 1e-30  # in place of a beta of 0
 
 
 class _CentreOptimizer(torch.optim.Optimizer):
@@ -144,7 +59,7 @@ class _CentreOptimizer(torch.optim.Optimizer):
                     state: dict[str, Any] = self.state[p]
                     if not state:
                         self._begin(p, state)
-                    self._walk(p, state, group, _Work(p, list(waiting)))
+                    self._walk(p, state, group, CentreWork(p, list(waiting)))
                     waiting.clear()
 
     def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
@@ -152,9 +67,12 @@ class _CentreOptimizer(torch.optim.Optimizer):
         for name in self._MOMENTS:
             state[name] = torch.zeros_like(p)
 
-    def _walk(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], work: _Work) -> None:
+    def _walk(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], work: CentreWork) -> None:
         key = int(np.random.SeedSequence([self.seed, state["steps"]]).generate_state(1)[0])
         state["steps"] += 1
+        if work.by_kernels:
+            work.update_by_kernels(self._rule(state, group), key)
+            return
         tensors = [p, *(state[name] for name in self._MOMENTS)]
         for tile in work.tiles():
             values = [tile.take(tensor, work.subcentres).float() for tensor in tensors]
@@ -164,8 +82,12 @@ class _CentreOptimizer(torch.optim.Optimizer):
             for tensor, value_kD in zip(tensors, values, strict=True):
                 tile.put(tensor, value_kD, work.subcentres)
 
+    def _rule(self, state: dict[str, Any], group: dict[str, Any]) -> kernels.Sgd | kernels.AdamW:
+        """What the kernels are to do."""
+        raise NotImplementedError
+
     def _move(
-        self, tile: Tile, values: list[Tensor], state: dict[str, Any], group: dict[str, Any], work: _Work
+        self, tile: Tile, values: list[Tensor], state: dict[str, Any], group: dict[str, Any], work: CentreWork
     ) -> None:
         """Change the tile's centres and moments, float32 (k, D) each, in place."""
         raise NotImplementedError
@@ -232,7 +154,7 @@ class CentreSGD(_CentreOptimizer):
         if self.catch_up:
             MissedSteps(p, state["momentum_buffer"])
 
-    def _walk(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], work: _Work) -> None:
+    def _walk(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], work: CentreWork) -> None:
         super()._walk(p, state, group, work)
         if (missed := missed_steps(p)) is not None:
             missed.after_step(
@@ -243,8 +165,17 @@ class CentreSGD(_CentreOptimizer):
                 decay=group["weight_decay"],
             )
 
+    def _rule(self, state: dict[str, Any], group: dict[str, Any]) -> kernels.Sgd:
+        return kernels.Sgd(
+            velocity_CD=state["momentum_buffer"],
+            lr=group["lr"],
+            momentum=group["momentum"],
+            decay=group["weight_decay"],
+            on_sphere=self.on_sphere,
+        )
+
     def _move(
-        self, tile: Tile, values: list[Tensor], state: dict[str, Any], group: dict[str, Any], work: _Work
+        self, tile: Tile, values: list[Tensor], state: dict[str, Any], group: dict[str, Any], work: CentreWork
     ) -> None:
         w_kD, v_kD = values
         lr, momentum = group["lr"], group["momentum"]
@@ -297,8 +228,20 @@ class CentreAdamW(_CentreOptimizer):
             if i in saved:
                 self.state[p]["row_steps"] = saved[i].to(p.device, torch.float32, copy=True)
 
+    def _rule(self, state: dict[str, Any], group: dict[str, Any]) -> kernels.AdamW:
+        return kernels.AdamW(
+            mean_CD=state["exp_avg"],
+            square_CD=state["exp_avg_sq"],
+            row_steps_C1=state["row_steps"],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            decay=group["weight_decay"],
+            on_sphere=self.on_sphere,
+        )
+
     def _move(
-        self, tile: Tile, values: list[Tensor], state: dict[str, Any], group: dict[str, Any], work: _Work
+        self, tile: Tile, values: list[Tensor], state: dict[str, Any], group: dict[str, Any], work: CentreWork
     ) -> None:
         w_kD, mean_kD, square_kD = values
         beta1, beta2 = group["betas"]
@@ -309,8 +252,10 @@ class CentreAdamW(_CentreOptimizer):
         d_kD.addcmul_(w_kD, radial_k1, value=-1)
         mean_kD.lerp_(d_kD, 1 - beta1)
         square_kD.mul_(beta2).addcmul_(d_kD, d_kD, value=1 - beta2)
-        root_kD = (square_kD / (1 - beta2**steps_k1)).sqrt_().add_(group["eps"])
-        step_kD = (mean_kD * (group["lr"] / (1 - beta1**steps_k1))).div_(root_kD)
+        # 1 - beta^k by way of expm1: 1 - 0.999 has lost three digits in float32.
+        bias1_k1, bias2_k1 = (-torch.expm1(steps_k1 * math.log(max(beta, _TINY))) for beta in (beta1, beta2))
+        root_kD = (square_kD / bias2_k1).sqrt_().add_(group["eps"])
+        step_kD = (mean_kD * (group["lr"] / bias1_k1)).div_(root_kD)
         if self.on_sphere:
             _move_on_sphere_(w_kD, _make_tangent_(step_kD, w_kD))
         else:

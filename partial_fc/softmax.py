@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from partial_fc import kernels
+from partial_fc.choice import runs_kernels
 from partial_fc.collectives import all_reduce_
 from partial_fc.deferred import CentreGradient, deferred
 from partial_fc.margins import Target, TargetMargin
@@ -68,24 +70,17 @@ class _StreamingSoftmax(torch.autograd.Function):
     ) -> Tensor:
         size = w_RD.shape[0] // settings.subcentres
         math = TileMath(x_ND.detach(), position_of(target_N, sampled), size, settings, negatives)
+        by_kernels = runs_kernels(settings.impl, x_ND, w_RD, subcentres=settings.subcentres, negatives=negatives)
         sums_2N = torch.zeros(2, x_ND.shape[0], dtype=x_ND.dtype, device=x_ND.device)
         other_N, logit_N = sums_2N  # sum over the other classes; the target's logit
-        u_ND = torch.zeros_like(x_ND) if ctx.needs_input_grad[0] else None
         kept: dict[int, tuple[Tensor, Tensor]] = {}
-        room = settings.kept_bytes if ctx.needs_input_grad[1] else 0
-        for tile in tiles_of(size, settings.tile(x_ND.shape[0], x_ND.device), sampled):
-            raw_kD = tile.take(w_RD, settings.subcentres).to(x_ND.dtype)
-            cosine_kN, inverse_k = math.cosines(raw_kD)
-            room -= cosine_kN.nbytes
-            if room >= 0:
-                kept[tile.start] = cosine_kN, inverse_k
-            e_cN, slope_cN, best_cN = math.exponentials(tile, cosine_kN)
-            other_N += e_cN.sum(0)
-            if u_ND is not None:
-                if slope_cN is not None:
-                    e_cN.mul_(slope_cN)
-                e_kN = math.by_row(e_cN, best_cN).mul_(inverse_k[:, None])
-                add_product_(u_ND, e_kN.T, raw_kD, settings.product_dtype)
+        if by_kernels:
+            terms = math.for_kernels(w_RD, target_N, None if sampled is None else sampled.rows_S)
+            sum_N, u_ND = kernels.forward(terms, want_u=ctx.needs_input_grad[0])
+            other_N += sum_N
+        else:
+            room = settings.kept_bytes if ctx.needs_input_grad[1] else 0
+            u_ND = _walk(math, w_RD, sampled, other_N, kept, room=room, want_u=ctx.needs_input_grad[0])
 
         owned_N = target_N >= 0
         cosine_N, unit_ND = target_cosines(x_ND, w_RD, target_N, settings.subcentres)
@@ -102,6 +97,7 @@ class _StreamingSoftmax(torch.autograd.Function):
         if u_ND is not None:
             dx_ND = u_ND.mul_(by_N[:, None]).sub_((miss_N * target.by_cosine_N)[:, None] * unit_ND)
         ctx.math, ctx.sampled, ctx.kept, ctx.waiting, ctx.version = math, sampled, kept, waiting, w_RD._version
+        ctx.by_kernels = by_kernels
         ctx.save_for_backward(w_RD, target_N, by_N, -miss_N * target.by_cosine_N, dx_ND, -miss_N * target.by_margin_N)
         return torch.nn.functional.softplus(odds_N)
 
@@ -113,7 +109,14 @@ class _StreamingSoftmax(torch.autograd.Function):
         grad_w: Tensor | None = None
         if ctx.needs_input_grad[1]:
             gradient = CentreGradient(
-                ctx.math, ctx.sampled, target_N, by_N * grad_N, at_target_N * grad_N, ctx.kept, ctx.version
+                ctx.math,
+                ctx.sampled,
+                target_N,
+                by_N * grad_N,
+                at_target_N * grad_N,
+                ctx.kept,
+                ctx.version,
+                ctx.by_kernels,
             )
             if ctx.waiting is None:
                 grad_w = _materialise(gradient, w_RD)
@@ -122,18 +125,52 @@ class _StreamingSoftmax(torch.autograd.Function):
         return grad_x_ND, grad_w, grad_m_N, *[None] * 7
 
 
+def _walk(
+    math: TileMath,
+    w_RD: Tensor,
+    sampled: SampledRows | None,
+    other_N: Tensor,
+    kept: dict[int, tuple[Tensor, Tensor]],
+    *,
+    room: int,
+    want_u: bool,
+) -> Tensor | None:
+    """Add to other_N the sum of exp(logit) over the other classes; returns U (N, D), if wanted. Cosines of the first
+    tiles go to `kept`, as far as `room`, in bytes, reaches."""
+    x_ND, settings = math.x_ND, math.settings
+    u_ND = torch.zeros_like(x_ND) if want_u else None
+    for tile in tiles_of(math.size, settings.tile(x_ND.shape[0], x_ND.device), sampled):
+        raw_kD = tile.take(w_RD, settings.subcentres).to(x_ND.dtype)
+        cosine_kN, inverse_k = math.cosines(raw_kD)
+        room -= cosine_kN.nbytes
+        if room >= 0:
+            kept[tile.start] = cosine_kN, inverse_k
+        e_cN, slope_cN, best_cN = math.exponentials(tile, cosine_kN)
+        other_N += e_cN.sum(0)
+        if u_ND is not None:
+            if slope_cN is not None:
+                e_cN.mul_(slope_cN)
+            e_kN = math.by_row(e_cN, best_cN).mul_(inverse_k[:, None])
+            add_product_(u_ND, e_kN.T, raw_kD, settings.product_dtype)
+    return u_ND
+
+
 def _materialise(gradient: CentreGradient, w_RD: Tensor) -> Tensor:
     """The gradient as autograd wants it: dense, or of sampled classes' rows alone. One host sync for the latter."""
     math, sampled = gradient.math, gradient.sampled
     settings = math.settings
     K, D = settings.subcentres, w_RD.shape[1]
-    size = math.size if sampled is None else len(sampled.rows_S)
-    grad_SD = math.x_ND.new_empty(size * K, D)
-    for tile in tiles_of(math.size, settings.tile(math.x_ND.shape[0], math.x_ND.device), sampled):
-        raw_kD = tile.take(w_RD, K).to(math.x_ND.dtype)
-        out_kD = grad_SD[tile.start * K : tile.stop * K]
-        radial_k = gradient.add_(out_kD, tile, raw_kD, 0.0)
-        out_kD.addcmul_(raw_kD, radial_k[:, None], value=-1)
+    if gradient.by_kernels:
+        rows_S = None if sampled is None else sampled.rows_S
+        grad_SD = kernels.gradient([gradient.for_kernels(w_RD)], rows_S)
+    else:
+        size = math.size if sampled is None else len(sampled.rows_S)
+        grad_SD = math.x_ND.new_empty(size * K, D)
+        for tile in tiles_of(math.size, settings.tile(math.x_ND.shape[0], math.x_ND.device), sampled):
+            raw_kD = tile.take(w_RD, K).to(math.x_ND.dtype)
+            out_kD = grad_SD[tile.start * K : tile.stop * K]
+            radial_k = gradient.add_(out_kD, tile, raw_kD, 0.0)
+            out_kD.addcmul_(raw_kD, radial_k[:, None], value=-1)
     grad_SD = grad_SD.to(w_RD.dtype)
     if sampled is None:
         return grad_SD

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from partial_fc import kernels
 from partial_fc.negatives import Negatives
 from partial_fc.products import product
 
@@ -25,9 +26,8 @@ Impl = Literal["auto", "reference", "torch", "triton"]
 
 MIN_NORM = 1e-12
 _MAX_EXPONENT = 85.0  # exp(88.7) is float32's end; the rest is left for the products with S
-_TILE_BYTES = {"cpu": 1 << 19, "cuda": 256 << 20}
-"""Size of one fp32 (c, N) tile: beside its centres in a CPU core's caches (measured best there); large products on
-GPUs."""
+_TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""Size of one fp32 (c, N) tile: measured best on a CPU core (docs/experiments.md); large products on GPUs."""
 _KEPT_BYTES = 256 << 20
 """Cosines that the forward pass keeps for the optimizer, which spares it a matrix product; tiles beyond are made
 again."""
@@ -119,6 +119,21 @@ class Tile:
             values_cKD = torch.where(real_c[source_c][:, None, None], values_cKD[source_c], rows_CKD[classes_c])
         rows_CKD.index_copy_(0, classes_c, values_cKD)
 
+    def add_rows(self, out_kD: Tensor, row_R: Tensor, values_RD: Tensor, subcentres: int) -> None:
+        """Add values to those rows of the weight, int64 row_R, that are this tile's; the others are left. No host
+        sync."""
+        class_R = row_R // subcentres
+        if self.classes_c is None:
+            place_R = class_R - self.start
+            here_R = (place_R >= 0) & (place_R < self.stop - self.start)
+            place_R = place_R.clamp(0, self.stop - self.start - 1)
+        else:
+            place_R = torch.searchsorted(self.classes_c, class_R).clamp_max(len(self.classes_c) - 1)
+            here_R = self.classes_c[place_R] == class_R
+        if out_kD.is_cuda or here_R.any():  # a look costs nothing on CPUs and spares much, on GPUs the other way round
+            values_RD = torch.where(here_R[:, None], values_RD, 0).to(out_kD.dtype)
+            out_kD.index_add_(0, place_R * subcentres + row_R % subcentres, values_RD)
+
 
 def tiles_of(size: int, step: int, sampled: SampledRows | None) -> Iterator[Tile]:
     """The tiles of `size` classes, or of the sampled ones."""
@@ -159,6 +174,19 @@ class TileMath:
     def at(self, position_N: Tensor) -> TileMath:
         """The same batch, its targets standing elsewhere."""
         return TileMath(self.x_ND, position_N, self.size, self.settings, self.negatives)
+
+    def for_kernels(self, w_CD: Tensor, target_N: Tensor, rows_S: Tensor | None) -> kernels.Terms:
+        """The same batch, as the Triton kernels take it. target_N: class of this shard, not its position."""
+        return kernels.Terms(
+            x_ND=self.x_ND,
+            w_CD=w_CD,
+            target_N=target_N,
+            rows_S=rows_S,
+            scale=self.settings.scale,
+            shift=self.shift,
+            negatives=self.negatives,
+            product_dtype=self.settings.product_dtype,
+        )
 
     def cosines(self, raw_kD: Tensor) -> tuple[Tensor, Tensor]:
         """(k, N), and the inverse lengths (k,) of the raw centres."""
