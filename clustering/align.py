@@ -1,12 +1,10 @@
 """Which cluster belongs to which class, and the loss that draws a class centre to its cluster. Ours: docs/method.md.
 
 Legend: N rows of the global batch, D embedding size, R classes of this rank, K clusters, Q non-zero entries of T,
-U distinct classes of the batch that this rank owns.
+K sub-centres a class.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clustering.hardness import CountTable
-from partial_fc.collectives import GatheredBatch, all_reduce_
+from partial_fc.collectives import GatheredBatch, SumOverRanks, all_reduce_
 
 
 def match_classes(table: CountTable, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -51,18 +49,6 @@ def match_classes(table: CountTable, group: dist.ProcessGroup) -> tuple[Tensor, 
         free_Q &= ~taken_R[table.row_Q] & (class_K[table.cluster_Q] < 0)
 
 
-class _GlobalSum(torch.autograd.Function):
-    """Sum over ranks; backward hands each rank the gradient of its own part, unchanged."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        return all_reduce_(part.clone(), group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
 def _first_of_each(values_N: Tensor) -> Tensor:
     """True at one place of every distinct value, bool (N,), without a host sync."""
     sorted_N, order_N = values_N.sort(stable=True)
@@ -71,20 +57,31 @@ def _first_of_each(values_N: Tensor) -> Tensor:
     return torch.empty_like(first_N).scatter_(0, order_N, first_N)
 
 
-def alignment_loss(batch: GatheredBatch, weight_RD: Tensor, anchor_RD: Tensor, f_R: Tensor, first_class: int) -> Tensor:
+def alignment_loss(batch: GatheredBatch, weight_RD: Tensor, anchor_CD: Tensor, f_C: Tensor, first_class: int) -> Tensor:
     """L_al = mean over the distinct classes of the global batch of F_y (1 - cos(W_y, a_y)): a scalar, global.
 
-    weight_RD: raw class centres of this rank. anchor_RD: a_y, the unit centre of the cluster matched to class y,
-    without gradient. f_R: F_y. first_class: the shard's first. A class centre's gradient is complete on its
-    owner, tangent to it, and sparse: only rows of classes in the batch, so that a row-sparse optimizer leaves
-    the others alone. Forward runs one all-reduce of one float and, to size that gradient, one host sync.
+    weight_RD: raw class centres of this rank, K rows a class; with sub-centres W_y is the one nearest to a_y.
+    anchor_CD: a_y, the unit centre of the cluster matched to class y, without gradient, one row a class of this rank.
+    f_C: F_y. first_class: the shard's first. A class centre's gradient is complete on its owner, tangent to it, and
+    sparse: only rows of classes in the batch, so that a row-sparse optimizer leaves the others alone (a rank that owns
+    none of them names its first class, with a gradient of zero). Forward runs one all-reduce of one float; no host
+    sync.
     """
     labels_N = batch.labels_N
     distinct_N = _first_of_each(labels_N) & (labels_N >= 0)
-    owned_N = distinct_N & (labels_N >= first_class) & (labels_N < first_class + weight_RD.shape[0])
-    row_U = (labels_N[owned_N] - first_class).sort().values
-    w_UD = F.normalize(F.embedding(row_U, weight_RD, sparse=True))
-    gap_U = 1 - (w_UD * anchor_RD[row_U]).sum(1)
-    part = (f_R[row_U] * gap_U).sum() / distinct_N.sum().clamp_min(1)
-    total: Tensor = _GlobalSum.apply(part, batch.group)  # type: ignore[no-untyped-call]
+    classes = len(anchor_CD)
+    if not classes:
+        part = F.embedding(labels_N[:0], weight_RD, sparse=True).float().sum()
+    else:
+        K = len(weight_RD) // classes
+        owned_N = distinct_N & (labels_N >= first_class) & (labels_N < first_class + classes)
+        # Rows that are not this rank's stand in for one that is, so that all have one; they count for nothing.
+        self_N = torch.arange(len(labels_N), device=labels_N.device)
+        known_N = labels_N[torch.where(owned_N, self_N, owned_N.int().argmax())]
+        class_N = torch.where(owned_N.any(), known_N - first_class, 0)
+        row_NK = class_N[:, None] * K + torch.arange(K, device=class_N.device)
+        w_NKD = F.normalize(F.embedding(row_NK, weight_RD, sparse=True).float(), dim=2)
+        gap_N = 1 - (w_NKD * anchor_CD[class_N][:, None]).sum(2).amax(1)
+        part = torch.where(owned_N, f_C[class_N] * gap_N, 0).sum() / distinct_N.sum().clamp_min(1)
+    total: Tensor = SumOverRanks.apply(part, batch.group)  # type: ignore[no-untyped-call]
     return total

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from partial_fc.collectives import all_reduce_
+from partial_fc.collectives import SumOverRanks
 from partial_fc.margins import TargetMargin
 from partial_fc.negatives import Negatives
 from partial_fc.tiles import SampledRows, SoftmaxSettings, shift_for
@@ -75,18 +74,6 @@ def dense_margin_softmax(
     return (losses_B * valid_B).sum() / valid_B.sum().clamp_min(1)
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Backward leaves each rank the gradient of its own part."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        return all_reduce_(part.clone(), group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
 def _with_slope(value: Tensor, *slopes: tuple[Tensor, Tensor]) -> Tensor:
     """The value, with the slopes said in the variables named."""
     return value.detach() + sum(slope.detach() * (variable - variable.detach()) for slope, variable in slopes)
@@ -127,5 +114,5 @@ def sharded_margin_softmax(
         value_NC, bound = _with_slope(value_CN.T, (slope_CN.T, cosine_NC)), negatives.bound
     shift = shift_for(settings.scale * bound, settings.num_classes)
     sum_N = torch.where(other_NC, (settings.scale * value_NC - shift).exp(), 0).sum(1)
-    sums_2N: Tensor = _SumOverRanks.apply(torch.stack([sum_N, logit_N]), group)  # type: ignore[no-untyped-call]
+    sums_2N: Tensor = SumOverRanks.apply(torch.stack([sum_N, logit_N]), group)  # type: ignore[no-untyped-call]
     return F.softplus(sums_2N[0].log() + shift - sums_2N[1])

@@ -33,8 +33,9 @@ class CentreWork:
         self.values_SD = None if grad is None or grad.is_sparse else grad
         self.rows_S: Tensor | None = None
         if grad is not None and grad.is_sparse:
-            grad = grad.coalesce()
-            self.rows_S, self.values_SD = grad.indices()[0], grad.values()
+            if not waiting:
+                grad = grad.coalesce()  # a host sync
+            self.rows_S, self.values_SD = grad._indices()[0], grad._values()
             self.sampled = SampledRows(self.rows_S, len(self.rows_S), 0)
         self.gradients: list[CentreGradient] = []
         if waiting:

@@ -227,7 +227,9 @@ def _alignment(group: dist.ProcessGroup, p: dict[str, Tensor], need_w: bool = Tr
         grad = w_RD.grad
         assert grad is not None
         found |= {"sparse": grad.is_sparse, "w": grad.to_dense() / 2.5}
-        found["rows"] = (grad.coalesce().indices()[0] + own.start).tolist()
+        found["rows"] = (grad.to_dense().any(1).nonzero()[:, 0] + own.start).tolist()
+        found["named"] = (grad.coalesce().indices()[0] + own.start).tolist()
+        found["first"] = own.start
     return {**found, "x": x_BD.grad}
 
 
@@ -243,7 +245,10 @@ def _check_alignment(parts: list[dict[str, Any]], p: dict[str, Tensor]) -> None:
     grad_w = torch.cat([part["w"] for part in parts])
     assert relative(grad_w, w_CD.grad) < 1e-5
     rows = [row for part in parts for row in part["rows"]]
-    assert rows == sorted({y for y in p["labels"].tolist() if y >= 0}), "rows of the batch's classes, each once"
+    batch = {y for y in p["labels"].tolist() if y >= 0}
+    assert rows == sorted(batch), "rows of the batch's classes"
+    for part in parts:
+        assert set(part["named"]) <= (set(part["rows"]) or {part["first"]}), "others are not even named"
     along_C = (grad_w.double() * F.normalize(p["w"])).sum(1).abs()
     assert (along_C <= 1e-6 * grad_w.double().norm(dim=1).clamp_min(1e-30)).all(), "tangent to the class centre"
 
@@ -253,6 +258,32 @@ def _check_alignment(parts: list[dict[str, Any]], p: dict[str, Tensor]) -> None:
 def test_alignment_equals_dense(ranks: RankPool, name: str, world_size: int) -> None:
     p = _problem(CASES[name])
     _check_alignment(ranks.run(world_size, _alignment, p), p)
+
+
+def _alignment_of_subcentres(group: dist.ProcessGroup, p: dict[str, Tensor], w_CKD: Tensor) -> tuple[float, Tensor]:
+    own = shard_of(dist.get_rank(group), dist.get_world_size(group), len(w_CKD))
+    part = slice(own.start, own.stop)
+    w_RD = w_CKD[part].flatten(0, 1).float().requires_grad_()
+    _, batch = gathered(group, p["x"], p["labels"], torch.arange(len(p["x"])))
+    loss = alignment_loss(batch, w_RD, p["anchor"][part].float(), p["f"][part].float(), own.start)
+    loss.backward()
+    assert w_RD.grad is not None
+    return loss.item(), w_RD.grad.to_dense()
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_alignment_draws_the_nearest_subcentre(ranks: RankPool, world_size: int) -> None:
+    p = _problem(CASES["odd shapes"])
+    w_CKD = torch.randn(len(p["w"]), 3, p["w"].shape[1], generator=torch.Generator().manual_seed(1)).double()
+    parts = ranks.run(world_size, _alignment_of_subcentres, p, w_CKD)
+    w_CKD.requires_grad_()
+    anchor_CD = p["anchor"].float().double()
+    nearest_C = (F.normalize(w_CKD.detach(), dim=2) * anchor_CD[:, None]).sum(2).argmax(1)
+    loss = dense_alignment(p["labels"], w_CKD[torch.arange(len(w_CKD)), nearest_C], anchor_CD, p["f"])
+    loss.backward()
+    assert w_CKD.grad is not None
+    assert parts[0][0] == pytest.approx(loss.item(), rel=1e-5)
+    assert relative(torch.cat([part[1] for part in parts]), w_CKD.grad.flatten(0, 1)) < 1e-5
 
 
 def test_alignment_of_one_row(ranks: RankPool) -> None:
