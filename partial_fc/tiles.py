@@ -99,7 +99,9 @@ class Tile:
         classes_c = self.classes_c
         if self.padded:
             classes_c = classes_c.clamp_max(len(rows_RD) // subcentres - 1)
-        return rows_RD.view(-1, subcentres, rows_RD.shape[1])[classes_c].flatten(0, 1)
+        # index_select copies whole rows; indexing with [] took three times as long on CPUs.
+        wide_CE = rows_RD.view(-1, subcentres * rows_RD.shape[1])
+        return wide_CE.index_select(0, classes_c).view(-1, rows_RD.shape[1])
 
     def put(self, rows_RD: Tensor, values_kD: Tensor, subcentres: int) -> None:
         """Write values where `take` read them; padding is not written. No host sync."""

@@ -272,7 +272,8 @@ class Trainer:
         if self.service is None:
             return
         c = self.config.clustering
-        tags = {"margins": (self.service.margins_C, c.margin_low, c.margin_high),
+        bounds = (0.0, self.config.head.margin) if c.margin_rule == "kappaface" else (c.margin_low, c.margin_high)
+        tags = {"margins": (self.service.margins_C, *bounds),
                 "hard_level": (self.service.hard_levels_C, 0.0, 1.0)}  # fmt: skip
         for tag, (values_C, low, high) in tags.items():
             counts = all_reduce_(count_histogram(values_C, low, high), self.ranks.group).cpu()
