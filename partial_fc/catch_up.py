@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from partial_fc.links import attach, attached
 from partial_fc.tiles import SampledRows, Tile, tiles_of
 
 _NAME = "_missed_steps"
@@ -25,12 +26,15 @@ _TILE_ROWS = 4096
 
 
 class MissedSteps:
-    """The steps that each row of a parameter has missed. The parameter and its momentum are changed in place."""
+    """The steps that each row of a parameter has missed. The parameter and its momentum are changed in place.
+
+    The parameter leads here for as long as the optimizer keeps this.
+    """
 
     def __init__(self, parameter: Tensor, velocity_RD: Tensor) -> None:
         self.parameter, self.velocity_RD = parameter, velocity_RD
         self._clear()
-        setattr(parameter, _NAME, self)
+        attach(parameter, _NAME, self)
 
     def _clear(self) -> None:
         device = self.parameter.device
@@ -69,13 +73,14 @@ class MissedSteps:
         self._clear()
 
 
-def missed_steps(parameter: Tensor) -> MissedSteps | None:
-    found: MissedSteps | None = getattr(parameter, _NAME, None)
-    return found
+def _missed_steps(parameter: Tensor) -> MissedSteps | None:
+    """Those that an optimizer keeps count of; None where it lets them be."""
+    missed = attached(parameter, _NAME)
+    return missed if isinstance(missed, MissedSteps) else None
 
 
 def bring_up_to_date(parameter: Tensor, sampled: SampledRows | None, subcentres: int) -> None:
     """Before a loss reads these classes' centres; nothing where their optimizer lets missed steps be."""
-    missed = missed_steps(parameter)
+    missed = _missed_steps(parameter)
     if missed is not None:
         missed.bring_up_to_date(sampled, subcentres)

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from partial_fc import kernels
+from partial_fc.links import attach, attached
 from partial_fc.products import add_product_
 from partial_fc.tiles import SampledRows, Tile, TileMath, position_of
 
 _NAME = "_deferred_gradients"
+Kept = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""Cosines (k, N) and inverse lengths (k,) of tiles, by their start and stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,8 @@ class CentreGradient:
     by_N: Tensor
     at_target_N: Tensor
     """Both as `TileMath.gradient` takes them."""
-    kept: dict[int, tuple[Tensor, Tensor]]
-    """Cosines and inverse lengths of some tiles, by the tile's start."""
+    kept: Kept
+    """Of some tiles."""
     version: int
     """The parameter's at the time: the makings mean nothing for other centres."""
     by_kernels: bool
@@ -59,7 +62,7 @@ class CentreGradient:
 
     def add_(self, out_kD: Tensor, tile: Tile, raw_kD: Tensor, keep: float) -> Tensor:
         """out = keep out + g_kN x_ND; returns radial_k (k,): the gradient lacks - radial_k raw_kD."""
-        found = self.kept.pop(tile.start, None)
+        found = self.kept.pop((tile.start, tile.stop), None)
         cosine_kN, inverse_k = self.math.cosines(raw_kD) if found is None else found
         g_kN, radial_k = self.math.gradient(tile, cosine_kN, inverse_k, self.by_N, self.at_target_N)
         if self.member_U is not None:
@@ -89,13 +92,19 @@ def union_of(samples: Sequence[SampledRows], size: int) -> SampledRows:
     return SampledRows(rows_U, max(draws.values()), -1)
 
 
-def accept(parameter: Tensor) -> None:
-    """From now on the softmax defers this parameter's gradients. For optimizers that apply them."""
-    if deferred(parameter) is None:
-        setattr(parameter, _NAME, [])
+class Waiting(list[CentreGradient]):
+    """A parameter's gradients that wait for their optimizer."""
 
 
-def deferred(parameter: Tensor) -> list[CentreGradient] | None:
+def accept(parameter: Tensor, waiting: Waiting | None) -> None:
+    """From now on the softmax puts this parameter's gradients there, for as long as the list lives; None: into .grad.
+
+    For optimizers that apply them.
+    """
+    attach(parameter, _NAME, waiting)
+
+
+def deferred(parameter: Tensor) -> Waiting | None:
     """The gradients that wait; None when nobody has declared to take them."""
-    waiting: list[CentreGradient] | None = getattr(parameter, _NAME, None)
-    return waiting
+    waiting = attached(parameter, _NAME)
+    return waiting if isinstance(waiting, Waiting) else None

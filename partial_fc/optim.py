@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from partial_fc import kernels
-from partial_fc.catch_up import MissedSteps, missed_steps
-from partial_fc.deferred import accept, deferred
+from partial_fc.catch_up import MissedSteps
+from partial_fc.deferred import Waiting, accept
 from partial_fc.rounding import lots, more_lots, stochastic_bf16
 from partial_fc.tiles import MIN_NORM, Tile
 from partial_fc.work import CentreWork
@@ -36,15 +36,17 @@ class _CentreOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Iterable[nn.Parameter], defaults: dict[str, Any], *, fused: bool, seed: int) -> None:
         super().__init__(params, defaults)
         self.seed = seed
-        for group in self.param_groups:
-            for p in group["params"] if fused else ():
-                accept(p)
+        self._waiting = [Waiting() for group in self.param_groups for _ in group["params"]]
+        for p, waiting in zip(self._parameters(), self._waiting, strict=True):
+            accept(p, waiting if fused else None)
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for group in self.param_groups:
-            for p in group["params"]:
-                (deferred(p) or []).clear()
+        for waiting in self._waiting:
+            waiting.clear()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -52,9 +54,10 @@ class _CentreOptimizer(torch.optim.Optimizer):
 
         Raises CentreGradientError when the centres were changed since the loss was computed.
         """
+        queue = iter(self._waiting)
         for group in self.param_groups:
             for p in group["params"]:
-                waiting = deferred(p) or []
+                waiting = next(queue)
                 if waiting or p.grad is not None:
                     state: dict[str, Any] = self.state[p]
                     if not state:
@@ -128,15 +131,15 @@ class CentreSGD(_CentreOptimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults, fused=fused, seed=seed)
         self.on_sphere, self.catch_up = on_sphere, catch_up
-        kinds = {p.dtype for group in self.param_groups for p in group["params"]}
+        self._missed: dict[Tensor, MissedSteps] = {}
+        kinds = {p.dtype for p in self._parameters()}
         if catch_up and (on_sphere or torch.bfloat16 in kinds):
             raise ValueError("catch_up: expected centres in float32 that do not move on the sphere")
 
     def settle(self) -> None:
         """With catch_up: bring every row up to date, before centres are saved or read as a whole."""
-        for p in self.state:
-            if (missed := missed_steps(p)) is not None:
-                missed.settle()
+        for missed in self._missed.values():
+            missed.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """Settles first, so that there is no more to save than torch.optim.SGD has."""
@@ -147,17 +150,17 @@ class CentreSGD(_CentreOptimizer):
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
             if self.catch_up:
-                MissedSteps(p, state["momentum_buffer"])
+                self._missed[p] = MissedSteps(p, state["momentum_buffer"])
 
     def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
         super()._begin(p, state)
         if self.catch_up:
-            MissedSteps(p, state["momentum_buffer"])
+            self._missed[p] = MissedSteps(p, state["momentum_buffer"])
 
     def _walk(self, p: Tensor, state: dict[str, Any], group: dict[str, Any], work: CentreWork) -> None:
         super()._walk(p, state, group, work)
-        if (missed := missed_steps(p)) is not None:
-            missed.after_step(
+        if p in self._missed:
+            self._missed[p].after_step(
                 list(work.tiles()),
                 work.subcentres,
                 lr=group["lr"],
@@ -223,8 +226,7 @@ class CentreAdamW(_CentreOptimizer):
         # torch gives all state the parameter's dtype; bf16 would count no further than 256.
         saved = {i: s["row_steps"] for i, s in state_dict["state"].items()}
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(ids, params, strict=True):
+        for i, p in zip(ids, self._parameters(), strict=True):
             if i in saved:
                 self.state[p]["row_steps"] = saved[i].to(p.device, torch.float32, copy=True)
 
@@ -264,8 +266,8 @@ class CentreAdamW(_CentreOptimizer):
 
 def _make_tangent_(v_kD: Tensor, w_kD: Tensor) -> Tensor:
     """Take out what lies along w."""
-    along_k = torch.linalg.vecdot(v_kD, w_kD) / torch.linalg.vecdot(w_kD, w_kD).clamp_min(MIN_NORM**2)
-    return v_kD.sub_(along_k[:, None] * w_kD)
+    along_k1 = (v_kD * w_kD).sum(1, keepdim=True) / w_kD.square().sum(1, keepdim=True).clamp_min(MIN_NORM**2)
+    return v_kD.addcmul_(w_kD, along_k1, value=-1)
 
 
 def _move_on_sphere_(w_kD: Tensor, step_kD: Tensor) -> None:

@@ -17,6 +17,8 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, *, keep:
     with torch.autocast(a.device.type, enabled=False):
         if dtype == torch.float32 or a.dtype == torch.float64:
             return out.addmm_(a, b, beta=keep)  # the sum is taken while the product is written
+        if keep == 0:
+            return out.copy_(_product(a, b, dtype))  # whatever was there, nan too
         return out.mul_(keep).add_(_product(a, b, dtype))
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from partial_fc import kernels
 from partial_fc.choice import runs_kernels
 from partial_fc.collectives import all_reduce_
-from partial_fc.deferred import CentreGradient, deferred
+from partial_fc.deferred import CentreGradient, Kept, Waiting, deferred
 from partial_fc.margins import Target, TargetMargin
 from partial_fc.negatives import Negatives
 from partial_fc.products import add_product_
@@ -66,14 +66,14 @@ class _StreamingSoftmax(torch.autograd.Function):
         margin: TargetMargin,
         negatives: Negatives | None,
         group: dist.ProcessGroup | None,
-        waiting: list[CentreGradient] | None,
+        waiting: Waiting | None,
     ) -> Tensor:
         size = w_RD.shape[0] // settings.subcentres
         math = TileMath(x_ND.detach(), position_of(target_N, sampled), size, settings, negatives)
         by_kernels = runs_kernels(settings.impl, x_ND, w_RD, subcentres=settings.subcentres, negatives=negatives)
         sums_2N = torch.zeros(2, x_ND.shape[0], dtype=x_ND.dtype, device=x_ND.device)
         other_N, logit_N = sums_2N  # sum over the other classes; the target's logit
-        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        kept: Kept = {}
         if by_kernels:
             terms = math.for_kernels(w_RD, target_N, None if sampled is None else sampled.rows_S)
             sum_N, u_ND = kernels.forward(terms, want_u=ctx.needs_input_grad[0])
@@ -130,7 +130,7 @@ def _walk(
     w_RD: Tensor,
     sampled: SampledRows | None,
     other_N: Tensor,
-    kept: dict[int, tuple[Tensor, Tensor]],
+    kept: Kept,
     *,
     room: int,
     want_u: bool,
@@ -144,7 +144,7 @@ def _walk(
         cosine_kN, inverse_k = math.cosines(raw_kD)
         room -= cosine_kN.nbytes
         if room >= 0:
-            kept[tile.start] = cosine_kN, inverse_k
+            kept[tile.start, tile.stop] = cosine_kN, inverse_k
         e_cN, slope_cN, best_cN = math.exponentials(tile, cosine_kN)
         other_N += e_cN.sum(0)
         if u_ND is not None:

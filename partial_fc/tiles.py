@@ -13,16 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from configs.head import Impl
 from partial_fc import kernels
 from partial_fc.negatives import Negatives
 from partial_fc.products import product
-
-Impl = Literal["auto", "reference", "torch", "triton"]
 
 MIN_NORM = 1e-12
 _MAX_EXPONENT = 85.0  # exp(88.7) is float32's end; the rest is left for the products with S

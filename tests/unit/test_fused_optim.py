@@ -3,7 +3,9 @@ errors."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -198,3 +200,41 @@ def test_saved_state_counts_rows_beyond_what_bf16_can() -> None:
     other.load_state_dict(optimizer.state_dict())
     assert torch.equal(other.state[head.weight]["row_steps"], torch.full((CLASSES, 1), 1001.0))
     assert other.state[head.weight]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_gradients_go_to_grad_again_when_their_optimizer_is_gone() -> None:
+    head = _head()
+    optimizer = SGD(head.parameters())
+    assert deferred(head.weight) is not None
+    del optimizer
+    x_BD, labels_B = _batch(0)
+    head(head.gather(x_BD, labels_B, labels_B), step=0).backward()
+    assert head.weight.grad is not None
+
+
+def test_micro_batches_of_unequal_size() -> None:
+    """Their tiles would be cut differently: kept cosines of one must not be taken for another's."""
+    found = []
+    for fused in (True, False):
+        head = _head(kept_bytes=1 << 30)
+        head.settings = dataclasses.replace(head.settings, chunk=0)
+        optimizer = SGD(head.parameters(), fused=fused)
+        for rows in (16, 5, 11):
+            x_BD, labels_B = _batch(rows)
+            head(head.gather(x_BD[:rows], labels_B[:rows], labels_B[:rows]), step=0).backward()
+        optimizer.step()
+        found.append(head.weight.detach())
+    assert _differ(*found) < 1e-5
+
+
+def test_a_head_with_waiting_gradients_can_be_copied_and_pickled() -> None:
+    head = _head()
+    optimizer = SGD(head.parameters(), catch_up=True)
+    x_BD, labels_B = _batch(0)
+    for _ in range(2):
+        head(head.gather(x_BD, labels_B, labels_B), step=0).backward()
+        optimizer.step()
+    head(head.gather(x_BD, labels_B, labels_B), step=0).backward()
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        assert torch.equal(other.weight, head.weight)
+        assert deferred(other.weight) is None
