@@ -167,6 +167,7 @@ _FREE_TO_CHANGE = {
               "keep_checkpoints", "cpu_threads"},
     "data": {"path", "backend", "threads", "prefetch", "max_bad_images"},
     "eval": {"sets", "every_epochs", "batch_size"},
+    "head": {"impl"},
 }  # fmt: skip
 
 

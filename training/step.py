@@ -40,7 +40,7 @@ class StepValues:
 
 
 class TrainStep:
-    """Runs optimizer steps. `service` is None for training without clusters."""
+    """Runs optimizer steps. `service` is None for training without clusters; `optimizers`: backbone's, class centres'."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class TrainStep:
         backbone: DistributedDataParallel,
         head: PartialFCHead,
         service: ClusterService | None,
-        optimizers: Sequence[torch.optim.Optimizer],
+        optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
         config: RunConfig,
         device: torch.device,
     ) -> None:
@@ -75,8 +75,10 @@ class TrainStep:
                 self.service.observe(gathered)
         limit = self.config.optim.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), limit)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        backbone_optimizer, centre_optimizer = self.optimizers
+        backbone_optimizer.step()
+        with self.head_time:
+            centre_optimizer.step()  # which makes the centres' gradient as well
         if self.service is not None:
             self.service.advance(step)
         sums = torch.stack(parts)
