@@ -59,7 +59,7 @@ class Problem:
         sampled: SampledRows | None = None,
         negatives: Negatives | None = None,
     ) -> list[Tensor]:
-        """Loss of the rows that have a target, and the gradients of its weighted sum in embeddings, centres, margins."""
+        """Loss of the rows that have a target; gradients of its weighted sum in embeddings, centres, margins."""
         loss_N = self.loss(softmax, margin, sampled, negatives)[self.target_N >= 0]
         weights_N = torch.linspace(0.5, 1.5, len(loss_N), dtype=loss_N.dtype)
         return [loss_N.detach(), *torch.autograd.grad(loss_N @ weights_N, (self.x_ND, self.w_RD, self.margin_N))]
