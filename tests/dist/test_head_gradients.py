@@ -150,6 +150,7 @@ def test_a_bf16_wire_rounds_the_embeddings_gradient_alone(ranks: RankPool, loss:
     found, exact = whole(ranks.run(world_size, sharded, case)), truth(case)
     error = relative(found.x_ND, exact.x_ND)
     assert 2**-12 < error < 2**-8
+    assert torch.equal(found.x_ND.bfloat16().float(), found.x_ND) == (world_size == 1)
     assert_near(found._replace(x_ND=exact.x_ND), exact, BOUND)
 
 
