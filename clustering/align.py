@@ -1,7 +1,7 @@
 """Which cluster belongs to which class, and the loss that draws a class centre to its cluster. Ours: docs/method.md.
 
-Legend: N rows of the global batch, D embedding size, R classes of this rank, K clusters, Q non-zero entries of T,
-K sub-centres a class.
+Legend: N rows of the global batch, D embedding size, R classes of this rank, K clusters, Q non-zero entries of T.
+In `alignment_loss`: C classes of this rank, M sub-centres of each, X = C M rows of the weight.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def _first_of_each(values_N: Tensor) -> Tensor:
     return torch.empty_like(first_N).scatter_(0, order_N, first_N)
 
 
-def alignment_loss(batch: GatheredBatch, weight_RD: Tensor, anchor_CD: Tensor, f_C: Tensor, first_class: int) -> Tensor:
+def alignment_loss(batch: GatheredBatch, weight_XD: Tensor, anchor_CD: Tensor, f_C: Tensor, first_class: int) -> Tensor:
     """L_al = mean over the distinct classes of the global batch of F_y (1 - cos(W_y, a_y)): a scalar, global.
 
-    weight_RD: raw class centres of this rank, K rows a class; with sub-centres W_y is the one nearest to a_y.
+    weight_XD: raw class centres of this rank, M rows a class; with sub-centres W_y is the one nearest to a_y.
     anchor_CD: a_y, the unit centre of the cluster matched to class y, without gradient, one row a class of this rank.
     f_C: F_y. first_class: the shard's first. A class centre's gradient is complete on its owner, tangent to it, and
     sparse: only rows of classes in the batch, so that a row-sparse optimizer leaves the others alone (a rank that owns
@@ -70,18 +70,18 @@ def alignment_loss(batch: GatheredBatch, weight_RD: Tensor, anchor_CD: Tensor, f
     labels_N = batch.labels_N
     distinct_N = _first_of_each(labels_N) & (labels_N >= 0)
     classes = len(anchor_CD)
-    if not classes:
-        part = F.embedding(labels_N[:0], weight_RD, sparse=True).float().sum()
+    if not classes or not len(labels_N):
+        part = F.embedding(labels_N[:0], weight_XD, sparse=True).float().sum()
     else:
-        K = len(weight_RD) // classes
+        M = len(weight_XD) // classes
         owned_N = distinct_N & (labels_N >= first_class) & (labels_N < first_class + classes)
         # Rows that are not this rank's stand in for one that is, so that all have one; they count for nothing.
         self_N = torch.arange(len(labels_N), device=labels_N.device)
         known_N = labels_N[torch.where(owned_N, self_N, owned_N.int().argmax())]
         class_N = torch.where(owned_N.any(), known_N - first_class, 0)
-        row_NK = class_N[:, None] * K + torch.arange(K, device=class_N.device)
-        w_NKD = F.normalize(F.embedding(row_NK, weight_RD, sparse=True).float(), dim=2)
-        gap_N = 1 - (w_NKD * anchor_CD[class_N][:, None]).sum(2).amax(1)
+        row_NM = class_N[:, None] * M + torch.arange(M, device=class_N.device)
+        w_NMD = F.normalize(F.embedding(row_NM, weight_XD, sparse=True).float(), dim=2)
+        gap_N = 1 - (w_NMD * anchor_CD[class_N][:, None]).sum(2).amax(1)
         part = torch.where(owned_N, f_C[class_N] * gap_N, 0).sum() / distinct_N.sum().clamp_min(1)
     total: Tensor = SumOverRanks.apply(part, batch.group)  # type: ignore[no-untyped-call]
     return total

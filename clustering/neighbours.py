@@ -56,7 +56,7 @@ def _take_nearer_(
     Keys differ from class to class, so topk has no ties to break as it likes.
     """
     k = key_Rk.shape[1]
-    columns = max(64, _TILE_NUMBERS[anchor_RD.device.type] // _BLOCK)
+    columns = max(64, _TILE_NUMBERS.get(anchor_RD.device.type, 1 << 20) // _BLOCK)
     class_S = torch.arange(first_column, first_column + len(shown_SD), device=shown_SD.device)
     missing_S = (shown_SD == 0).all(1)
     for start in range(0, len(anchor_RD), _BLOCK):

@@ -44,8 +44,9 @@ class HeadConfig:
     interclass_filter: float = 0.0
     """Above 0: cosines of other classes above it count as 0, as insightface's filter of label noise; 0: off."""
     scale: float = 64.0
-    """s, the logits' scale; 30 suits fewer than some thousand classes.
-    Up to 128, and 10^9 classes, exp() of every class within 100 degrees lies in float32's range (docs/numerics.md)."""
+    """s, the logits' scale; 30 suits fewer than some thousand classes. Up to 128, and 10^9 classes, exp() of every
+    class within 100 degrees lies in float32's range (docs/numerics.md); up to 64 with curricularface, whose logits
+    reach 2 s."""
     sample_rate: float = 1.0
     """Share of the class centres that is drawn for a step; the classes of the batch always take part."""
     missed_steps: Literal["skip", "catch_up"] = "skip"
@@ -65,14 +66,12 @@ class HeadConfig:
         name, value = "head.interclass_filter", self.interclass_filter
         require(0 <= value < 1, name, value, "0 (off) to below 1")
         require(0 <= self.margin < 1.5, "head.margin", self.margin, "0 <= margin < 1.5")
-        require(
-            0 < self.scale <= 128,
-            "head.scale",
-            self.scale,
-            "0 < scale <= 128 (exp() of ordinary cosines must fit float32)",
-        )
+        most = 64 if self.loss == "curricularface" else 128
+        expected = f"0 < scale <= {most} (exp() of ordinary cosines must fit float32)"
+        require(0 < self.scale <= most, "head.scale", self.scale, expected)
         require(0 < self.sample_rate <= 1, "head.sample_rate", self.sample_rate, "0 < sample_rate <= 1")
-        require(1 <= self.subcentres <= 16, "head.subcentres", self.subcentres, "1 to 16")
+        whole = isinstance(self.subcentres, int)
+        require(whole and 1 <= self.subcentres <= 16, "head.subcentres", self.subcentres, "a whole number, 1 to 16")
         require(0 <= self.running_momentum < 1, "head.running_momentum", self.running_momentum, "0 <= momentum < 1")
         require(self.missed_steps in ("skip", "catch_up"), "head.missed_steps", self.missed_steps, "skip or catch_up")
         exact = self.missed_steps == "catch_up"

@@ -19,7 +19,6 @@ from partial_fc.margins import Target, TargetMargin, arcface
 from partial_fc.negatives import HardNegatives
 
 _MIN_DEVIATION = 1e-3
-_MIN_LENGTH = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,11 +41,12 @@ class MagFace:
     def regulariser(self, length_N: Tensor) -> Tensor:
         """g(a) = a / length_high^2 + 1 / a: least at length_high, so that good images grow long; (N,).
 
-        The paper takes a to lie in [length_low, length_high]. Ours pulls what lies outside as well, down to a length
-        of 1, below which 1 / a is held: an embedding that starts too short must be able to grow.
+        The paper takes a to lie in [length_low, length_high]. Ours pulls what lies outside as well, as an embedding
+        that starts too short must be able to grow; below a length of 1 it goes on as 2 - a in the place of 1 / a, with
+        the same slope at 1 and no pole at 0.
         """
-        length_N = length_N.clamp_min(_MIN_LENGTH)
-        return length_N / self.length_high**2 + 1 / length_N
+        inverse_N = torch.where(length_N < 1, 2 - length_N, 1 / length_N.clamp_min(1))
+        return length_N / self.length_high**2 + inverse_N
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,8 @@ class AdaFace(nn.Module):
             squares = torch.where(valid_N, (length_N - mean).square(), 0).sum()
             deviation = (squares / (count - 1).clamp_min(1)).sqrt()
             share = torch.where(self.batches == 0, 1.0, 1 - self.momentum) * (count > 1)
-            self.mean.lerp_(mean, share)
-            self.deviation.lerp_(deviation, share)
+            self.mean.lerp_(mean.to(self.mean), share.to(self.mean))
+            self.deviation.lerp_(deviation.to(self.mean), share.to(self.mean))
             self.batches.add_(count > 1)
         z_N = (length_N - self.mean) * self.spread / self.deviation.clamp_min(_MIN_DEVIATION)
         return AdaFaceTarget(z_N.clamp(-1, 1))
@@ -134,5 +134,5 @@ class CurricularFace(nn.Module):
         psi_N, cosine_N = all_reduce_(both_2N, group)
         if self.training:
             mean = torch.where(valid_N, cosine_N, 0).sum() / valid_N.sum().clamp_min(1)
-            self.t.lerp_(mean, (1 - self.momentum) * valid_N.any())
+            self.t.lerp_(mean.to(self.t), ((1 - self.momentum) * valid_N.any()).to(self.t))
         return HardNegatives(self.t.clamp(0, 1).clone(), psi_N)

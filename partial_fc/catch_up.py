@@ -38,15 +38,27 @@ class MissedSteps:
 
     def _clear(self) -> None:
         device = self.parameter.device
+        self.behind = False
+        """Whether some row has missed a step."""
+        self.version = self.parameter._version
         self.products_T22 = torch.eye(2, dtype=torch.float64, device=device)[None]
         """Entry t: of the steps after the t-th; the last one is the identity."""
         self.seen_R1 = torch.zeros(self.parameter.shape[0], 1, dtype=torch.int32, device=device)
         """Steps that the row has seen, by a gradient or by catching up."""
 
-    def after_step(self, tiles: list[Tile], subcentres: int, *, lr: float, momentum: float, decay: float) -> None:
-        """A step has been taken, in which these tiles had a gradient."""
-        step_22 = self.products_T22.new_tensor([[1 - lr * decay, -lr * momentum], [decay, momentum]])
-        self.products_T22 = torch.cat([step_22 @ self.products_T22, torch.eye(2).to(self.products_T22)[None]])
+    def after_step(
+        self, tiles: list[Tile], subcentres: int, *, everything: bool, lr: float, momentum: float, decay: float
+    ) -> None:
+        """A step has been taken, in which these tiles had a gradient. everything: they are all there is."""
+        self.version = self.parameter._version
+        if everything and not self.behind:
+            return
+        self.behind = True
+        one_122 = torch.eye(2, dtype=torch.float64, device=self.parameter.device)[None]
+        step_122 = one_122.clone()
+        for place, value in zip(step_122.view(4), (1 - lr * decay, -lr * momentum, decay, momentum), strict=True):
+            place.fill_(value)  # a tensor made of these numbers would make a GPU's host wait
+        self.products_T22 = torch.cat([step_122 @ self.products_T22, one_122])
         now = len(self.products_T22) - 1
         for tile in tiles:
             tile.put(self.seen_R1, torch.full_like(tile.take(self.seen_R1, subcentres), now), subcentres)
@@ -54,6 +66,10 @@ class MissedSteps:
     @torch.no_grad()
     def bring_up_to_date(self, sampled: SampledRows | None, subcentres: int) -> None:
         """Rows of the sampled classes, or all, become what they would be had they moved in every step."""
+        if self.parameter._version != self.version:
+            self._clear()  # loaded, or set by hand: what is there now has missed nothing
+        if not self.behind:
+            return
         now = len(self.products_T22) - 1
         centres_RD = self.parameter.data  # a change that does not count as one: gradients that wait are of other rows
         for tile in tiles_of(len(self.parameter) // subcentres, _TILE_ROWS, sampled):
@@ -77,6 +93,12 @@ def _missed_steps(parameter: Tensor) -> MissedSteps | None:
     """Those that an optimizer keeps count of; None where it lets them be."""
     missed = attached(parameter, _NAME)
     return missed if isinstance(missed, MissedSteps) else None
+
+
+def settle(parameter: Tensor) -> None:
+    """Before centres are saved or read as a whole."""
+    if (missed := _missed_steps(parameter)) is not None:
+        missed.settle()
 
 
 def bring_up_to_date(parameter: Tensor, sampled: SampledRows | None, subcentres: int) -> None:

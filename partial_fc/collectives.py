@@ -1,9 +1,9 @@
 """The head's collectives, each with its gradient and its scale written down.
 
 A training step with the sharded head runs three: one packed all-gather of (embedding, its length, label, sample id),
-one all-reduce of two floats a row inside the softmax, one reduce-scatter of the embedding gradient in backward. With a
-bf16 wire the first and the last carry half the bytes; the last is then an all-to-all of the parts, summed in float32
-where they arrive, as a reduce-scatter in bf16 would round at every hop.
+one all-reduce of two float64 a row inside the softmax (CurricularFace: one more before it), one reduce-scatter of the
+embedding gradient in backward. With a bf16 wire the first and the last carry half the bytes; the last is then an
+all-to-all of the parts, summed in float32 where they arrive, as a reduce-scatter in bf16 would round at every hop.
 All gradients are those of the global loss: nothing here multiplies by the world size, and the backbone's own
 gradients must therefore be *summed* over ranks, not averaged (`training.distributed` sees to that).
 
@@ -36,6 +36,12 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def refuse_second_derivative() -> None:
+    """Called in a backward pass that autograd must not differentiate again: it would silently leave terms out."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the head has no second derivative: backward with create_graph=True cannot go through it")
+
+
 @dataclass(frozen=True, slots=True)
 class GatheredBatch:
     """The batch of all ranks, as every rank sees it after the packed gather."""
@@ -53,7 +59,8 @@ class GatheredBatch:
 
 def _packed(parts: Sequence[Tensor]) -> Tensor:
     """Rows of several tensors (B, ...) side by side as bytes (B, Q)."""
-    return torch.cat([part.reshape(len(part), -1).contiguous().view(torch.uint8) for part in parts], dim=1)
+    columns = [part[:, None] if part.dim() == 1 else part for part in parts]
+    return torch.cat([part.contiguous().view(torch.uint8) for part in columns], dim=1)
 
 
 def _unpacked(packed_NQ: Tensor, *kinds: tuple[int, torch.dtype]) -> list[Tensor]:
@@ -83,6 +90,7 @@ class _PackedGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor, grad_N: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         W, D = dist.get_world_size(ctx.group), grad_ND.shape[1]
         B = grad_ND.shape[0] // W
         if ctx.wire == torch.float32:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,13 +52,13 @@ class CentreGradient:
         """The same gradient, for tiles of the union of several batches' classes."""
         if union is None or self.sampled is None:
             return self
-        place_U = torch.searchsorted(self.sampled.rows_S, union.rows_S).clamp_max(len(self.sampled.rows_S) - 1)
+        own_S = torch.cat([self.sampled.rows_S, self.sampled.rows_S.new_full((1,), self.math.size)])
         return dataclasses.replace(
             self,
             math=self.math.at(position_of(self.target_N, union)),
             sampled=union,
             kept={},
-            member_U=self.sampled.rows_S[place_U] == union.rows_S,
+            member_U=own_S[torch.searchsorted(own_S, union.rows_S)] == union.rows_S,
         )
 
     def add_(self, out_kD: Tensor, tile: Tile, raw_kD: Tensor, keep: float) -> Tensor:
@@ -94,6 +95,37 @@ def union_of(samples: Sequence[SampledRows], size: int) -> SampledRows:
 
 class Waiting(list[CentreGradient]):
     """A parameter's gradients that wait for their optimizer."""
+
+    def room(self, limit: int, *, sampled: bool) -> int:
+        """Bytes that the next batch may keep, of a limit that all batches of a step share."""
+        if sampled and self:
+            return 0  # the union of several batches' classes is cut into other tiles
+        return limit - sum(cosine_kN.nbytes for gradient in self for cosine_kN, _ in gradient.kept.values())
+
+    def add(self, gradient: CentreGradient) -> None:
+        self.append(gradient)
+        if gradient.sampled is not None and len(self) > 1:
+            for one in self:
+                one.kept.clear()
+
+
+class Defer(torch.autograd.Function):
+    """The weight itself. When a backward pass reaches it, the gradients that the softmax has made ready begin to wait.
+
+    A backward pass that stops short of the weight (torch.autograd.grad of the embeddings alone) leaves none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w_RD: Tensor, ready: list[CentreGradient], waiting: Waiting) -> Tensor:
+        ctx.ready, ctx.waiting = ready, waiting
+        return w_RD.view_as(w_RD)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None, None]:
+        for gradient in ctx.ready:
+            ctx.waiting.add(gradient)
+        ctx.ready.clear()
+        return None, None, None
 
 
 def accept(parameter: Tensor, waiting: Waiting | None) -> None:

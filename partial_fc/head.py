@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from configs.schema import HeadConfig
 from partial_fc.adaptive import AdaFace, CurricularFace, MagFace
-from partial_fc.catch_up import bring_up_to_date
+from partial_fc.catch_up import bring_up_to_date, settle
 from partial_fc.collectives import GatheredBatch, gather_batch, group_rank, group_size
 from partial_fc.margins import TargetMargin, target_margin
 from partial_fc.negatives import InterclassFilter, Negatives
@@ -86,6 +86,7 @@ class PartialFCHead(nn.Module):
         self.shard = shard_of(group_rank(group), group_size(group), num_classes)
         K = config.subcentres
         dtype = _DTYPES[config.centre_dtype]
+        self.register_state_dict_pre_hook(_settle_centres)  # type: ignore[no-untyped-call]
         self.weight = nn.Parameter(
             initial_centres(self.shard.start * K, self.shard.stop * K, embedding_size, seed, dtype)
         )
@@ -118,11 +119,16 @@ class PartialFCHead(nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Raises HeadStateError when the state is of another number of classes or ranks, or of another rank."""
         for name, mine in self.get_extra_state().items():
-            if state[name] != mine:
+            if state.get(name) != mine:
                 raise HeadStateError(
-                    f"class centres were saved with {name} = {state[name]}, this head has {mine}: load them with the "
-                    "same classes, ranks and order of ranks"
+                    f"class centres were saved with {name} = {state.get(name)}, this head has {mine}: load them with "
+                    "the same classes, sub-centres, ranks and order of ranks"
                 )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if (extra := state_dict.get(prefix + "_extra_state")) is not None:
+            self.set_extra_state(extra)  # refuses before anything is overwritten
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def gather(self, embeddings_BD: Tensor, labels_B: Tensor, sample_ids_B: Tensor) -> GatheredBatch:
         """The batch of all ranks, as `forward` wants it, from this rank's raw float32 embeddings; see
@@ -156,7 +162,7 @@ class PartialFCHead(nn.Module):
         class_margins_C: float32 (C_local,), a margin for each class of this shard. row_margins_N: float32 (N,),
         a margin for each row instead, read on the rank that owns the row's class. Neither: `config.margin`.
         step: seeds the sampling, which draws the same classes for any number of ranks. hard_classes_M: int64, classes
-        that take part besides those, the same on all ranks; -1 for none. Collectives: one all-reduce of 2N floats in
+        that take part besides those, the same on all ranks; -1 for none. Collectives: one all-reduce of 2N float64 in
         forward (curricularface: two), none in backward. No host sync, but for a sampled gradient that goes to .grad.
         """
         target_N, valid_N = self.local_classes(batch.labels_N), batch.labels_N >= 0
@@ -217,6 +223,12 @@ class PartialFCHead(nn.Module):
         if self.magface is not None:
             margin_N = self.magface.margin(_length(batch)) + (margin_N - self.config.margin)
         return margin_N
+
+
+def _settle_centres(head: nn.Module, *_: Any) -> None:
+    """What is saved has missed no step."""
+    assert isinstance(head, PartialFCHead)
+    settle(head.weight)
 
 
 def _magface(config: HeadConfig) -> MagFace:

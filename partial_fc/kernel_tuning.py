@@ -24,7 +24,7 @@ class Launch:
     """How a kernel is cut and run. Blocks are powers of two from 16."""
 
     kept: int
-    """Rows of the batch in forward, class centres in update, whose sums a program keeps in registers."""
+    """Rows of the batch in forward, class centres in the gradient, whose sums a program keeps in registers."""
     walked: int
     """Of the others, at a time."""
     warps: int

@@ -15,6 +15,7 @@ Legend: N rows of the global batch, D embedding size, C centres of this shard, S
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
@@ -97,13 +98,18 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def why_not(x_ND: Tensor, w_CD: Tensor, *, subcentres: int = 1, negatives: Negatives | None = None) -> str:
     """Why the kernels cannot take these tensors, in words; empty when they can."""
     return next(_obstacles(x_ND, w_CD, subcentres, negatives), "")
 
 
 def _obstacles(x_ND: Tensor, w_CD: Tensor, subcentres: int, negatives: Negatives | None) -> Iterator[str]:
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         yield "triton is not installed"
     if subcentres != 1:
         yield "sub-centres"

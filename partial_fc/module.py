@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from configs.schema import HeadConfig
+from configs.schema import ConfigError, HeadConfig
 from partial_fc.collectives import group_size
 from partial_fc.head import PartialFCHead, ScaleGradient
 
@@ -56,6 +58,7 @@ class PartialFC(nn.Module):
             )
         if backbone_gradients not in ("averaged", "summed"):
             raise ValueError(f"backbone_gradients: expected averaged or summed, got {backbone_gradients!r}")
+        _refuse_settings(settings)
         self.head = PartialFCHead(
             num_classes=num_classes,
             embedding_size=embedding_size,
@@ -73,31 +76,42 @@ class PartialFC(nn.Module):
         """This rank's class centres, raw: cosines use them at unit length."""
         return self.head.weight
 
-    def forward(self, embeddings_BD: Tensor, labels_B: Tensor, *, class_margins_C: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        embeddings_BD: Tensor,
+        labels_B: Tensor,
+        *,
+        class_margins_C: Tensor | None = None,
+        step: int | None = None,
+    ) -> Tensor:
         """Mean loss over the labelled rows of the global batch: a scalar, the same on all ranks.
 
         embeddings_BD: this rank's, of any length and floating type; B the same on all ranks. labels_B: int64, -1 for
-        rows that count for nothing. class_margins_C: a margin for each class of this rank instead of `margin`.
+        rows that count for nothing. class_margins_C: a margin for each class of this rank instead of `margin`. step:
+        seeds the sampling, which the forward passes in training do by themselves, by counting; give the micro-batches
+        of one step the same, and they draw the same classes.
 
-        Collectives: one all-gather and one all-reduce of two floats a row of the global batch; one reduce-scatter in
-        backward. Raises PartialFCInputError for a label that is no class and for embeddings that are not finite, on
-        all ranks, on CPUs; on GPUs, where looking would make every step wait, a device-side assertion says so. And for
-        shapes that do not fit, on the ranks that have them.
+        Collectives: one all-gather and one all-reduce of two float64 a row of the global batch (curricularface: two);
+        one reduce-scatter in backward. Raises PartialFCInputError for a label that is no class and for embeddings that
+        are not finite, on all ranks, on CPUs; on GPUs, where looking would make every step wait, a device-side
+        assertion says so. And for shapes that do not fit, on the ranks that have them.
         """
         self._check_shapes(embeddings_BD, labels_B, class_margins_C)
         x_BD = ScaleGradient.apply(embeddings_BD.float(), self._factor)  # type: ignore[no-untyped-call]
         batch = self.head.gather(x_BD, labels_B, torch.zeros_like(labels_B))
         self._check(batch.x_ND, batch.labels_N)
-        loss: Tensor = self.head(batch, step=self._steps, class_margins_C=class_margins_C)
+        drawn_by = self._steps if step is None else step
+        loss: Tensor = self.head(batch, step=drawn_by, class_margins_C=class_margins_C)
         if self.training:
             self._steps += 1
         return loss
 
     def _check_shapes(self, embeddings_BD: Tensor, labels_B: Tensor, class_margins_C: Tensor | None) -> None:
         D, C = self.weight.shape[1], self.head.shard.size
-        if embeddings_BD.dim() != 2 or embeddings_BD.shape[1] != D or labels_B.shape != embeddings_BD.shape[:1]:
+        fits = embeddings_BD.dim() == 2 and embeddings_BD.shape[1] == D and labels_B.shape == embeddings_BD.shape[:1]
+        if not fits or not len(labels_B):
             raise PartialFCInputError(
-                f"expected embeddings (B, {D}) and labels (B,), got {tuple(embeddings_BD.shape)} and "
+                f"expected embeddings (B, {D}) and labels (B,), B at least 1, got {tuple(embeddings_BD.shape)} and "
                 f"{tuple(labels_B.shape)}"
             )
         if class_margins_C is not None and class_margins_C.shape != (C,):
@@ -131,3 +145,15 @@ class PartialFC(nn.Module):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self._steps = state["steps"]
+
+
+def _refuse_settings(settings: dict[str, Any]) -> None:
+    """Raise ConfigError for names that are none of `HeadConfig`'s, and for those that its optimizer must be told."""
+    known = {field.name for field in dataclasses.fields(HeadConfig)}
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name}: unknown setting{hint}")
+        if name in ("missed_steps", "on_sphere"):
+            raise ConfigError(f"{name}: expected with the optimizer, CentreSGD(catch_up=…, on_sphere=…), not here")

@@ -34,11 +34,18 @@ class _CentreOptimizer(torch.optim.Optimizer):
     """State tensors of the parameter's shape and dtype."""
 
     def __init__(self, params: Iterable[nn.Parameter], defaults: dict[str, Any], *, fused: bool, seed: int) -> None:
+        self.seed, self._fused = seed, fused
+        self._waiting: list[Waiting] = []
         super().__init__(params, defaults)
-        self.seed = seed
-        self._waiting = [Waiting() for group in self.param_groups for _ in group["params"]]
-        for p, waiting in zip(self._parameters(), self._waiting, strict=True):
-            accept(p, waiting if fused else None)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:
+            self._waiting.append(Waiting())
+            accept(p, self._waiting[-1] if self._fused else None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(f"{type(self).__name__} cannot be copied or pickled: copy its state_dict()")
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -49,11 +56,16 @@ class _CentreOptimizer(torch.optim.Optimizer):
             waiting.clear()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Apply the gradients that wait, and .grad where there is one. Deferred gradients are then gone.
 
-        Raises CentreGradientError when the centres were changed since the loss was computed.
+        closure: computes the loss and its gradients first, and its value is returned. Raises CentreGradientError when
+        the centres were changed since the loss was computed.
         """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         queue = iter(self._waiting)
         for group in self.param_groups:
             for p in group["params"]:
@@ -64,6 +76,17 @@ class _CentreOptimizer(torch.optim.Optimizer):
                         self._begin(p, state)
                     self._walk(p, state, group, CentreWork(p, list(waiting)))
                     waiting.clear()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError for the state of another optimizer."""
+        for state in state_dict["state"].values():
+            if missing := {"steps", *self._MOMENTS} - state.keys():
+                raise ValueError(
+                    f"{type(self).__name__}: expected its own state, got one without {min(missing)}: was it saved by "
+                    "another optimizer?"
+                )
+        super().load_state_dict(state_dict)
 
     def _begin(self, p: Tensor, state: dict[str, Any]) -> None:
         state["steps"] = 0
@@ -103,10 +126,20 @@ def _rounded(values: list[Tensor], row_k: Tensor, key: int) -> list[Tensor]:
     return [stochastic_bf16(value_kD, share_kD) for value_kD, share_kD in zip(values, shares, strict=False)]
 
 
+def _check(*, momentum: float, **numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value >= 0:
+            raise ValueError(f"{name}: expected 0 or more, got {value}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum, betas: expected 0 to below 1, got {momentum}")
+
+
 class CentreSGD(_CentreOptimizer):
     """SGD with momentum and L2 decay: v = momentum v + g + decay w; w -= lr v.
 
-    fused: take the gradients as they are made; False: from .grad alone, for those who want to see or change it.
+    fused: make the head's gradients while applying them. They are then never in .grad: clear them by this optimizer's
+    zero_grad (a step does so too), not the module's; clipping and GradScaler see nothing of them. Gradients of other
+    losses are taken from .grad, of sampled classes only the rows that were sampled. False: take all from .grad.
     on_sphere: v keeps to the tangent space of its centre, v = momentum (v less its part along w) + g, and the centre
     its length; decay then has no meaning and is left out. catch_up: rows that were not drawn are brought to where
     momentum and decay alone would have taken them when they are drawn again; `settle` does so for all. bf16 centres
@@ -127,7 +160,9 @@ class CentreSGD(_CentreOptimizer):
         catch_up: bool = False,
         seed: int = 0,
     ) -> None:
-        """Raises ValueError for catch_up with on_sphere, where steps are not linear, or with bf16 centres."""
+        """Raises ValueError for catch_up with on_sphere, where steps are not linear, or with bf16 centres, and for
+        numbers out of range."""
+        _check(lr=lr, weight_decay=weight_decay, momentum=momentum)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults, fused=fused, seed=seed)
         self.on_sphere, self.catch_up = on_sphere, catch_up
@@ -142,12 +177,13 @@ class CentreSGD(_CentreOptimizer):
             missed.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        """Settles first, so that there is no more to save than torch.optim.SGD has."""
+        """Settles first, so that no table of missed steps need be saved."""
         self.settle()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._missed.clear()
         for p, state in self.state.items():
             if self.catch_up:
                 self._missed[p] = MissedSteps(p, state["momentum_buffer"])
@@ -163,6 +199,7 @@ class CentreSGD(_CentreOptimizer):
             self._missed[p].after_step(
                 list(work.tiles()),
                 work.subcentres,
+                everything=work.sampled is None,
                 lr=group["lr"],
                 momentum=group["momentum"],
                 decay=group["weight_decay"],
@@ -213,6 +250,8 @@ class CentreAdamW(_CentreOptimizer):
         on_sphere: bool = False,
         seed: int = 0,
     ) -> None:
+        """Raises ValueError for numbers out of range."""
+        _check(lr=lr, weight_decay=weight_decay, eps=eps, momentum=max(betas))
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps}
         super().__init__(params, defaults, fused=fused, seed=seed)
         self.on_sphere = on_sphere

@@ -90,7 +90,25 @@ def sharded_margin_softmax(
     sampled: SampledRows | None,
     negatives: Negatives | None,
 ) -> Tensor:
-    """What `streaming_margin_softmax` computes, with one (N, C) matrix a rank and autograd. Two all-reduces."""
+    """What `streaming_margin_softmax` computes, with one (N, C) matrix a rank and autograd. One all-reduce.
+
+    The centres' gradient is dense, zeros for classes that are not sampled: their optimizer then moves those too.
+    """
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return _sharded(x_ND, w_RD, target_N, margin_N, settings, group, margin, sampled, negatives)
+
+
+def _sharded(
+    x_ND: Tensor,
+    w_RD: Tensor,
+    target_N: Tensor,
+    margin_N: Tensor,
+    settings: SoftmaxSettings,
+    group: dist.ProcessGroup | None,
+    margin: TargetMargin,
+    sampled: SampledRows | None,
+    negatives: Negatives | None,
+) -> Tensor:
     K = settings.subcentres
     w_CKD = F.normalize(w_RD.to(x_ND.dtype), eps=1e-12).unflatten(0, (-1, K))
     cosine_NC = torch.einsum("nd,ckd->nck", x_ND, w_CKD).amax(2) if len(w_RD) else x_ND.new_zeros(len(x_ND), 0)
@@ -114,5 +132,6 @@ def sharded_margin_softmax(
         value_NC, bound = _with_slope(value_CN.T, (slope_CN.T, cosine_NC)), negatives.bound
     shift = shift_for(settings.scale * bound, settings.num_classes)
     sum_N = torch.where(other_NC, (settings.scale * value_NC - shift).exp(), 0).sum(1)
+    sum_N = sum_N + x_ND[:0].sum() + w_RD[:0].sum()  # a rank without classes has a graph too
     sums_2N: Tensor = SumOverRanks.apply(torch.stack([sum_N, logit_N]), group)  # type: ignore[no-untyped-call]
     return F.softplus(sums_2N[0].log() + shift - sums_2N[1])

@@ -40,7 +40,10 @@ def drawn_classes(
     Over all shards floor(sample_rate x num_classes + u) are, with u in [0, 1) drawn for the step. A pure function of
     (class, num_classes, sample_rate, seed, step). No collective, no host sync.
     """
-    key, wanted = _lots(shard, num_classes, sample_rate, seed=seed, step=step)
+    return _drawn(shard, num_classes, *_lots(shard, num_classes, sample_rate, seed=seed, step=step), device)
+
+
+def _drawn(shard: Shard, num_classes: int, key: int, wanted: np.ndarray, device: torch.device) -> Tensor:
     if not len(wanted) or not wanted.max():
         return torch.zeros(shard.size, dtype=torch.bool, device=device)
     first = shard.start // _BLOCK
@@ -74,10 +77,10 @@ def sample_rows(
     positive_M: int64, class of this shard (from 0), -1 for none; duplicates are welcome. No collective and no host
     sync: how many there are is not looked at, so that there may be padding at the end.
     """
-    drawn = drawn_classes(shard, num_classes, sample_rate, seed=seed, step=step, device=positive_M.device)
+    key, wanted = _lots(shard, num_classes, sample_rate, seed=seed, step=step)
+    drawn = _drawn(shard, num_classes, key, wanted, positive_M.device)
     taken = torch.cat([drawn, drawn.new_zeros(1)])  # one place more, for the classes that lie elsewhere
     taken[torch.where(positive_M >= 0, positive_M, shard.size)] = True
-    key, wanted = _lots(shard, num_classes, sample_rate, seed=seed, step=step)
     # A block that another shard has part of draws an unknown number here.
     cut = [shard.start % _BLOCK, shard.stop % _BLOCK if shard.stop < num_classes else 0]
     whole = wanted[bool(cut[0]) : len(wanted) - bool(cut[1])]

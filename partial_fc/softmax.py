@@ -12,7 +12,7 @@ What makes it stream, and exact:
 - The centres' gradient is made tile by tile, in backward or, better, by the optimizer itself (`partial_fc.deferred`).
   A bounded number of cosines is kept for it; beyond that they are made again.
 
-Three to four matrix products a step in all, one all-reduce of two floats a row. Centres are normalised tile by tile;
+Three to four matrix products a step in all, one all-reduce of two float64 a row. Centres are normalised tile by tile;
 the gradient is that of the raw rows (tangent to the sphere, over the row's length).
 
 Legend: N rows of the global batch, D embedding size, C classes of this shard (S of them when sampled), K sub-centres a
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from partial_fc import kernels
 from partial_fc.choice import runs_kernels
-from partial_fc.collectives import all_reduce_
-from partial_fc.deferred import CentreGradient, Kept, Waiting, deferred
+from partial_fc.collectives import all_reduce_, refuse_second_derivative
+from partial_fc.deferred import CentreGradient, Defer, Kept, deferred
 from partial_fc.margins import Target, TargetMargin
 from partial_fc.negatives import Negatives
 from partial_fc.products import add_product_
@@ -66,12 +66,15 @@ class _StreamingSoftmax(torch.autograd.Function):
         margin: TargetMargin,
         negatives: Negatives | None,
         group: dist.ProcessGroup | None,
-        waiting: Waiting | None,
+        room: int,
+        ready: list[CentreGradient] | None,
     ) -> Tensor:
+        """room: bytes of cosines to keep. ready: where the centres' gradient goes; None: backward returns it."""
         size = w_RD.shape[0] // settings.subcentres
         math = TileMath(x_ND.detach(), position_of(target_N, sampled), size, settings, negatives)
         by_kernels = runs_kernels(settings.impl, x_ND, w_RD, subcentres=settings.subcentres, negatives=negatives)
-        sums_2N = torch.zeros(2, x_ND.shape[0], dtype=x_ND.dtype, device=x_ND.device)
+        # By row everything is float64: it is N numbers, and the loss and the gradient are exp() of their difference.
+        sums_2N = torch.zeros(2, x_ND.shape[0], dtype=torch.float64, device=x_ND.device)
         other_N, logit_N = sums_2N  # sum over the other classes; the target's logit
         kept: Kept = {}
         if by_kernels:
@@ -79,30 +82,32 @@ class _StreamingSoftmax(torch.autograd.Function):
             sum_N, u_ND = kernels.forward(terms, want_u=ctx.needs_input_grad[0])
             other_N += sum_N
         else:
-            room = settings.kept_bytes if ctx.needs_input_grad[1] else 0
             u_ND = _walk(math, w_RD, sampled, other_N, kept, room=room, want_u=ctx.needs_input_grad[0])
 
         owned_N = target_N >= 0
-        cosine_N, unit_ND = target_cosines(x_ND, w_RD, target_N, settings.subcentres)
-        target = Target(*(torch.where(owned_N, settings.scale * t, 0) for t in margin(cosine_N, margin_N)))
+        cosine_N, unit_ND = target_cosines(x_ND.double(), w_RD, target_N, settings.subcentres)
+        target = Target(*(torch.where(owned_N, settings.scale * t, 0) for t in margin(cosine_N, margin_N.double())))
         logit_N += target.psi_N
         all_reduce_(sums_2N, group)
         odds_N = other_N.log() + math.shift - logit_N  # log of (other classes : target)
         miss_N = odds_N.sigmoid()  # probability that is not the target's
         # Below the floor the quotient would leave float32 and turn 0 x inf into nan; the gradient there is too small.
         floor = 2 * settings.scale / torch.finfo(x_ND.dtype).max
-        by_N = torch.where(other_N > 0, settings.scale * miss_N / other_N.clamp_min(floor), 0)
+        by_N = torch.where(other_N > 0, settings.scale * miss_N / other_N.clamp_min(floor), 0).to(x_ND.dtype)
+        at_target_N = (-miss_N * target.by_cosine_N).to(x_ND.dtype)
+        dm_N = (-miss_N * target.by_margin_N).to(x_ND.dtype)
         # By row: d loss / d x = by * U - miss * slope * w_y, kept whole for backward.
         dx_ND = None
         if u_ND is not None:
-            dx_ND = u_ND.mul_(by_N[:, None]).sub_((miss_N * target.by_cosine_N)[:, None] * unit_ND)
-        ctx.math, ctx.sampled, ctx.kept, ctx.waiting, ctx.version = math, sampled, kept, waiting, w_RD._version
+            dx_ND = u_ND.mul_(by_N[:, None]).add_(at_target_N[:, None] * unit_ND.to(x_ND.dtype))
+        ctx.math, ctx.sampled, ctx.kept, ctx.ready, ctx.version = math, sampled, kept, ready, w_RD._version
         ctx.by_kernels = by_kernels
-        ctx.save_for_backward(w_RD, target_N, by_N, -miss_N * target.by_cosine_N, dx_ND, -miss_N * target.by_margin_N)
-        return torch.nn.functional.softplus(odds_N)
+        ctx.save_for_backward(w_RD, target_N, by_N, at_target_N, dx_ND, dm_N)
+        return torch.nn.functional.softplus(odds_N).to(x_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         w_RD, target_N, by_N, at_target_N, dx_ND, dm_N = ctx.saved_tensors
         grad_x_ND = None if dx_ND is None else dx_ND * grad_N[:, None]
         grad_m_N = dm_N * grad_N if ctx.needs_input_grad[2] else None
@@ -118,11 +123,12 @@ class _StreamingSoftmax(torch.autograd.Function):
                 ctx.version,
                 ctx.by_kernels,
             )
-            if ctx.waiting is None:
+            if ctx.ready is None:
                 grad_w = _materialise(gradient, w_RD)
             else:
-                ctx.waiting.append(gradient)
-        return grad_x_ND, grad_w, grad_m_N, *[None] * 7
+                ctx.ready[:] = [gradient]
+                grad_w = w_RD.new_zeros(()).expand_as(w_RD)  # only to make `Defer` run
+        return grad_x_ND, grad_w, grad_m_N, *[None] * 8
 
 
 def _walk(
@@ -139,7 +145,7 @@ def _walk(
     tiles go to `kept`, as far as `room`, in bytes, reaches."""
     x_ND, settings = math.x_ND, math.settings
     u_ND = torch.zeros_like(x_ND) if want_u else None
-    for tile in tiles_of(math.size, settings.tile(x_ND.shape[0], x_ND.device), sampled):
+    for tile in tiles_of(math.size, settings.tile(x_ND), sampled):
         raw_kD = tile.take(w_RD, settings.subcentres).to(x_ND.dtype)
         cosine_kN, inverse_k = math.cosines(raw_kD)
         room -= cosine_kN.nbytes
@@ -166,7 +172,7 @@ def _materialise(gradient: CentreGradient, w_RD: Tensor) -> Tensor:
     else:
         size = math.size if sampled is None else len(sampled.rows_S)
         grad_SD = math.x_ND.new_empty(size * K, D)
-        for tile in tiles_of(math.size, settings.tile(math.x_ND.shape[0], math.x_ND.device), sampled):
+        for tile in tiles_of(math.size, settings.tile(math.x_ND), sampled):
             raw_kD = tile.take(w_RD, K).to(math.x_ND.dtype)
             out_kD = grad_SD[tile.start * K : tile.stop * K]
             radial_k = gradient.add_(out_kD, tile, raw_kD, 0.0)
@@ -204,11 +210,18 @@ def streaming_margin_softmax(
     Returns (N,), the same on all ranks. A row whose target no rank owns has a meaningless loss: leave it out
     of the mean, and it leaves no gradient. Backward gives x_ND and margin_N this shard's share of the gradient (sum
     over ranks to get all of it) and w_RD the whole: to its optimizer where that takes it (`partial_fc.deferred`), else
-    as .grad. Forward runs one all-reduce of 2N floats, backward none.
+    as .grad. Forward runs one all-reduce of 2N float64, backward none.
     """
     if settings.impl == "reference":
         return sharded_margin_softmax(x_ND, w_RD, target_N, margin_N, settings, group, margin, sampled, negatives)
+    room = 0
+    ready: list[CentreGradient] | None = None
+    if torch.is_grad_enabled() and w_RD.requires_grad:
+        waiting, room = deferred(w_RD), settings.kept_bytes
+        if waiting is not None:
+            room, ready = waiting.room(room, sampled=sampled is not None), []
+            w_RD = Defer.apply(w_RD, ready, waiting)  # type: ignore[no-untyped-call]
     loss_N: Tensor = _StreamingSoftmax.apply(  # type: ignore[no-untyped-call]
-        x_ND, w_RD, margin_N, target_N, sampled, settings, margin, negatives, group, deferred(w_RD)
+        x_ND, w_RD, margin_N, target_N, sampled, settings, margin, negatives, group, room, ready
     )
     return loss_N

@@ -25,10 +25,11 @@ from partial_fc.products import product
 
 MIN_NORM = 1e-12
 _MAX_EXPONENT = 85.0  # exp(88.7) is float32's end; the rest is left for the products with S
-_TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-"""Size of one fp32 (c, N) tile: measured best on a CPU core (docs/experiments.md); large products on GPUs."""
+_TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+"""Size of one fp32 tile, (c, N) or (c, D): measured best on a CPU core (docs/experiments.md); large products on
+GPUs."""
 _KEPT_BYTES = 256 << 20
-"""Cosines that the forward pass keeps for the optimizer, which spares it a matrix product; tiles beyond are made
+"""Cosines that a step's forward passes keep for the optimizer, which spares it a matrix product; tiles beyond are made
 again."""
 
 
@@ -61,8 +62,11 @@ class SoftmaxSettings:
     sparse_gradient: bool = True
     """Of sampled classes: a sparse gradient, of their rows alone; False: a dense one with zeros elsewhere."""
 
-    def tile(self, rows: int, device: torch.device) -> int:
-        return self.chunk or max(64, _TILE_BYTES.get(device.type, 64 << 20) // (4 * max(rows, 1) * self.subcentres))
+    def tile(self, x_ND: Tensor) -> int:
+        """Classes a tile, for this batch: neither their logits nor their centres are to take more than the bytes
+        above."""
+        wider = max(1, *x_ND.shape)
+        return self.chunk or max(64, _TILE_BYTES.get(x_ND.device.type, 64 << 20) // (4 * wider * self.subcentres))
 
 
 class SampledRows(NamedTuple):

@@ -58,7 +58,7 @@ class CentreWork:
             )
         self.gradients, self.subcentres = waiting, math.settings.subcentres
         self.first_class = math.settings.first_class
-        self.step = math.settings.tile(len(math.x_ND), math.x_ND.device)
+        self.step = math.settings.tile(math.x_ND)
 
     def global_rows(self, tile: Tile) -> Tensor:
         """int64 (k,): rows of the tile, counted over all ranks."""

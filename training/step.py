@@ -40,7 +40,10 @@ class StepValues:
 
 
 class TrainStep:
-    """Runs optimizer steps. `service` is None for training without clusters; `optimizers`: backbone's, class centres'."""
+    """Runs optimizer steps.
+
+    service: None for training without clusters. optimizers: the backbone's, and the class centres'.
+    """
 
     def __init__(
         self,
@@ -59,8 +62,9 @@ class TrainStep:
     def __call__(self, batches: Sequence[Batch], *, step: int, lr: float) -> StepValues:
         """Optimizer step number `step` on `batches`, one for each round of accumulation.
 
-        Collectives, for each micro-batch: one all-gather, one all-reduce (two more with clusters), one
-        reduce-scatter; once: DDP's gradient buckets, and what the cluster service's slice of work needs.
+        Collectives, for each micro-batch: one all-gather, one all-reduce (one more for curricularface, two more with
+        clusters), one reduce-scatter (with a bf16 wire an all-to-all); once: DDP's gradient buckets, and what the
+        cluster service's slice of work needs.
         """
         set_learning_rate(self.optimizers, lr)
         for optimizer in self.optimizers:

@@ -33,7 +33,7 @@ def test_magface_margin_is_a_line_between_its_ends() -> None:
 
 
 def test_magface_regulariser_is_least_at_the_longest() -> None:
-    """g(a) = a / u^2 + 1 / a of the paper: convex, zero slope at u = length_high; 1 and shorter are not pulled."""
+    """g(a) = a / u^2 + 1 / a of the paper: convex, zero slope at u = length_high; straight below a length of 1."""
     length_N = torch.linspace(1.0, 300, 3000, dtype=torch.float64).requires_grad_()
     value_N = MAGFACE.regulariser(length_N)
     assert abs(length_N[value_N.argmin()].item() - 110) < 0.1
@@ -42,8 +42,8 @@ def test_magface_regulariser_is_least_at_the_longest() -> None:
     assert (slope_N.diff()[1:] > 0).all()
     short_N = torch.tensor([0.0, 1e-6, 0.5], requires_grad=True)
     value_N = MAGFACE.regulariser(short_N)
-    torch.testing.assert_close(value_N.detach(), torch.full((3,), 1 / 110**2 + 1))
-    assert (_slope(value_N, short_N) == 0).all()
+    torch.testing.assert_close(value_N.detach(), (short_N / 110**2 + 2 - short_N).detach())
+    torch.testing.assert_close(_slope(value_N, short_N), torch.full((3,), 1 / 110**2 - 1))
 
 
 @pytest.mark.parametrize("quality", [-1.0, -0.6, 0.0, 0.3, 1.0])

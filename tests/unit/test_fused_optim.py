@@ -238,3 +238,94 @@ def test_a_head_with_waiting_gradients_can_be_copied_and_pickled() -> None:
     for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         assert torch.equal(other.weight, head.weight)
         assert deferred(other.weight) is None
+
+
+def test_a_closure_is_called_and_its_loss_returned() -> None:
+    head = _head()
+    optimizer = SGD(head.parameters())
+    x_BD, labels_B = _batch(0)
+    before, losses = head.weight.detach().clone(), []
+
+    def closure() -> float:
+        loss = head(head.gather(x_BD, labels_B, labels_B), step=0)
+        loss.backward()
+        losses.append(loss.item())
+        return losses[0]
+
+    assert [optimizer.step(closure)] == losses
+    assert not torch.equal(before, head.weight)
+
+
+def test_a_gradient_of_the_embeddings_alone_leaves_none_of_the_centres() -> None:
+    head = _head()
+    optimizer = SGD(head.parameters())
+    x_BD, labels_B = _batch(0)
+    loss = head(head.gather(x_BD, labels_B, labels_B), step=0)
+    torch.autograd.grad(loss, x_BD, retain_graph=True)
+    assert deferred(head.weight) == []
+    loss.backward()
+    assert len(deferred(head.weight) or []) == 1
+    optimizer.zero_grad()
+    assert deferred(head.weight) == []
+
+
+def test_a_second_derivative_is_refused() -> None:
+    head = _head()
+    x_BD, labels_B = _batch(0)
+    loss = head(head.gather(x_BD, labels_B, labels_B), step=0)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, x_BD, create_graph=True)
+
+
+def test_loaded_centres_have_missed_nothing() -> None:
+    """Loading in the middle of a run, before the optimizer's state and without it."""
+    head = _head(sample_rate=0.1)
+    fresh = {name: value.clone() if isinstance(value, Tensor) else value for name, value in head.state_dict().items()}
+    optimizer = CentreSGD(head.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01, catch_up=True)
+
+    def steps(first: int) -> None:
+        for step in range(first, first + 3):
+            x_BD, labels_B = _batch(step)
+            head(head.gather(x_BD, labels_B, labels_B), step=step).backward()
+            optimizer.step()
+
+    steps(0)
+    head.load_state_dict(fresh)
+    x_BD, labels_B = _batch(9)
+    head(head.gather(x_BD, labels_B, labels_B), step=9)
+    assert torch.equal(head.weight, fresh["weight"])
+    steps(3)
+    saved = head.state_dict()["weight"].clone()
+    optimizer.settle()
+    assert torch.equal(head.weight, saved), "what is saved has missed nothing either"
+
+
+def test_groups_may_be_added_and_copies_are_refused() -> None:
+    first, second = _head(), _head()
+    optimizer = SGD(first.parameters())
+    optimizer.add_param_group({"params": list(second.parameters()), "lr": 0.01})
+    for head in (first, second):
+        x_BD, labels_B = _batch(0)
+        head(head.gather(x_BD, labels_B, labels_B), step=0).backward()
+    optimizer.step()
+    for head in (first, second):
+        assert not torch.equal(head.weight, _head().weight)
+    with pytest.raises(TypeError, match="copy its state_dict"):
+        copy.deepcopy(optimizer)
+
+
+@pytest.mark.parametrize("make", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_the_state_of_another_optimizer_is_refused(make: Make) -> None:
+    head = _head()
+    other = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    head.weight.grad = torch.ones_like(head.weight)
+    other.step()
+    with pytest.raises(ValueError, match="was it saved by another optimizer"):
+        make(head.parameters()).load_state_dict(other.state_dict())
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    head = _head()
+    for wanted in ({"lr": -1.0}, {"momentum": 1.0}, {"weight_decay": -0.1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wanted))}.*: expected 0"):
+            CentreSGD(head.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, **wanted})
