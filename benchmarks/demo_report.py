@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.demo_runs import Result
 from benchmarks.report import publish
 
-HEADER = ("seeds", "arm", "classes", "first loss", "last loss", "accuracy %", "of each", "TAR %", "of each seed")
+HEADER = ("seeds", "arm", "classes", "loss", "accuracy %", "of each", "TAR %", "of each seed")
 ONLY_IN_FILE = ("classes", "of each", "of each seed")
 _MEANING = {
     "classes": "that take part in a step, on average over the run; of those drawn, the expected number",
@@ -31,8 +31,8 @@ def _row(arm: str, seeds: Sequence[Result]) -> tuple[str, ...]:
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    texts = [str(len(seeds)), arm, f"{mean([result['classes'] for result in seeds]):.0f}"]
-    texts += [f"{mean([result['loss by epoch'][epoch] for result in seeds]):.2f}" for epoch in (0, -1)]
+    first, last = (mean([result["loss by epoch"][epoch] for result in seeds]) for epoch in (0, -1))
+    texts = [str(len(seeds)), arm, f"{mean([result['classes'] for result in seeds]):.0f}", f"{first:.2f} -> {last:.2f}"]
     for name in ("accuracy", "tar@far=1e-2"):
         before, after = ([100 * result[when][name] for result in seeds] for when in ("untrained", "trained"))
         texts += [f"{mean(before):.1f} -> {mean(after):.1f}", " ".join(f"{value:.1f}" for value in after)]
@@ -46,11 +46,17 @@ def parser_of(
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=question)
     parser.add_argument("--only", nargs="+", choices=arms, default=arms, metavar="ARM", help=f"of {', '.join(arms)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), metavar="SEED")
-    parser.add_argument("--epochs", type=int, default=3, help="default 3")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each; default 1")
+    parser.add_argument("--epochs", type=_count, default=3, help="default 3")
+    parser.add_argument("--jobs", type=_count, default=1, help="runs at a time, a thread each; default 1")
     parser.add_argument("--folder", type=Path, default=Path(folder), help=f"runs and their results, default {folder}")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there, in Markdown; JSON beside it")
     return parser
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
 
 
 def report(

@@ -15,6 +15,7 @@ import torch
 from benchmarks.demo_report import parser_of, report
 from benchmarks.demo_runs import Result, runs_of, train
 from benchmarks.report import facts
+from training.demo import DemoError
 
 _MODULE = "benchmarks.hard_negatives"
 _BATCH = 32
@@ -57,19 +58,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = facts(torch.device("cpu"), _MODULE, arguments)
 
     def results_of(arms: dict[str, tuple[str, ...]], seeds: Sequence[int]) -> list[Result]:
-        results, said = train(
-            runs_of(arms, seeds, epochs=args.epochs, batch=_BATCH), folder=args.folder, jobs=args.jobs
-        )
+        runs = runs_of(arms, seeds, epochs=args.epochs, batch=_BATCH)
+        results, said = train(runs, folder=args.folder, jobs=args.jobs)
         failed.update(said)
         return results
 
     failed: dict[str, str] = {}
-    results = results_of({arm: own for arm, own in ARMS.items() if arm in args.only}, args.seeds)
-    if AS_MANY in args.only:
-        first = results_of({arm: ARMS[arm] for arm in ("random", "near-8", "all")}, args.seeds[:1])
-        if len(first) == 3:
-            rate = rate_for(first[1]["classes"], first[0]["classes"], first[2]["classes"])
-            results += results_of({AS_MANY: (f"head.sample_rate={rate}",)}, args.seeds)
+    try:
+        results = results_of({arm: own for arm, own in ARMS.items() if arm in args.only}, args.seeds)
+        if AS_MANY in args.only:
+            first = results_of({arm: ARMS[arm] for arm in ("random", "near-8", "all")}, args.seeds[:1])
+            if len(first) == 3:
+                random, near, every = (result["classes"] for result in first)
+                results += results_of({AS_MANY: (f"head.sample_rate={rate_for(near, random, every)}",)}, args.seeds)
+    except DemoError as error:
+        parser.error(str(error))
     return report("Look-alike classes in a sampled softmax", results, failed, about=about, out=args.out)
 
 

@@ -14,6 +14,7 @@ import torch
 from benchmarks.demo_report import parser_of, report
 from benchmarks.demo_runs import runs_of, train
 from benchmarks.report import facts
+from training.demo import DemoError
 
 _MODULE = "benchmarks.losses"
 _BATCH = 128
@@ -59,11 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 when done, 1 when a run failed, 2 when an argument is not as expected."""
     arguments = sys.argv[1:] if arguments is None else arguments
     question = (__doc__ or "").partition("\n")[0]
-    args = parser_of(_MODULE, question, arms=list(ARMS), seeds=[2048], folder="runs/losses").parse_args(arguments)
+    parser = parser_of(_MODULE, question, arms=list(ARMS), seeds=[2048], folder="runs/losses")
+    args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     about = facts(torch.device("cpu"), _MODULE, arguments)
     runs = runs_of({arm: ARMS[arm] for arm in args.only}, args.seeds, epochs=args.epochs, batch=_BATCH)
-    results, failed = train(runs, folder=args.folder, jobs=args.jobs)
+    try:
+        results, failed = train(runs, folder=args.folder, jobs=args.jobs)
+    except DemoError as error:
+        parser.error(str(error))
     return report("Losses on the demo's faces", results, failed, about=about, out=args.out)
 
 

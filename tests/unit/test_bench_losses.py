@@ -17,6 +17,7 @@ from benchmarks.demo_report import HEADER, cells
 from benchmarks.demo_runs import CONFIG, Run, command, read_results, result_of, runs_of, train
 from configs.load import load_config
 from data.sampler import BatchPlan
+from training.demo import DemoError
 
 ALL_ARMS = losses.ARMS | hard_negatives.ARMS
 CLASSES, BATCH, SAMPLES = 123, 7, 507
@@ -190,8 +191,8 @@ def test_table_has_means_over_seeds_and_each_seed() -> None:
     ]
     rows = cells(results)
     assert all(len(row) == len(HEADER) for row in rows)
-    assert rows[0] == ("2", "a", "100", "12.00", "6.00", "60.0 -> 91.0", "90.0 92.0", "5.0 -> 81.0", "80.0 82.0")
-    assert rows[1][5:7] == ("60.0 -> 80.0", "80.0 80.0")
+    assert rows[0] == ("2", "a", "100", "12.00 -> 6.00", "60.0 -> 91.0", "90.0 92.0", "5.0 -> 81.0", "80.0 82.0")
+    assert rows[1][4:6] == ("60.0 -> 80.0", "80.0 80.0")
 
 
 def test_the_rate_follows_from_the_first_seed(
@@ -216,8 +217,30 @@ def test_the_rate_follows_from_the_first_seed(
     assert "TAR at a FAR of 1e-2" in capsys.readouterr().out
 
 
-def test_wrong_arm_is_one_error(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--only", "arcfaec"), "invalid choice: 'arcfaec'"),
+        (("--epochs", "0"), "--epochs: expected 1 or more, got 0"),
+        (("--jobs", "two"), "--jobs: invalid"),
+    ],
+)
+def test_wrong_arguments_are_one_error(wrong: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        losses.main(["--only", "arcfaec"])
+        losses.main(wrong)
     assert stop.value.code == 2
-    assert "invalid choice: 'arcfaec'" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+
+
+def test_records_that_cannot_be_packed_are_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise DemoError("`data pack` failed, see above")
+
+    monkeypatch.setattr(demo_runs, "pack", refuse)
+    for module in (losses, hard_negatives):
+        with pytest.raises(SystemExit) as stop:
+            module.main(["--folder", str(tmp_path)])
+        assert stop.value.code == 2
+        assert "error: `data pack` failed" in capsys.readouterr().err
