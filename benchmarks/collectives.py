@@ -56,9 +56,9 @@ class Batch:
 
 
 def ours(batch: Batch, wire_dtype: torch.dtype = torch.float32) -> None:
-    """One all-gather, one all-reduce of 2N floats; backward one reduce-scatter, or in bf16 one all-to-all."""
+    """One all-gather, one all-reduce of 2N float64; backward one reduce-scatter, or in bf16 one all-to-all."""
     gathered = gather_batch(batch.x_BD, batch.labels_B, batch.labels_B, batch.ranks.group, wire_dtype=wire_dtype)
-    all_reduce_(gathered.x_ND.new_zeros(2, len(gathered.x_ND)), batch.ranks.group)
+    all_reduce_(gathered.x_ND.new_zeros(2, len(gathered.x_ND), dtype=torch.float64), batch.ranks.group)
     gathered.x_ND.backward(batch.grad_ND)
 
 

@@ -295,12 +295,12 @@ class CentreAdamW(_CentreOptimizer):
         square_kD.mul_(beta2).addcmul_(d_kD, d_kD, value=1 - beta2)
         # 1 - beta^k by way of expm1: 1 - 0.999 has lost three digits in float32.
         bias1_k1, bias2_k1 = (-torch.expm1(steps_k1 * math.log(max(beta, _TINY))) for beta in (beta1, beta2))
-        root_kD = (square_kD / bias2_k1).sqrt_().add_(group["eps"])
-        step_kD = (mean_kD * (group["lr"] / bias1_k1)).div_(root_kD)
+        root_kD = torch.div(square_kD, bias2_k1, out=d_kD).sqrt_().add_(group["eps"]).mul_(bias1_k1)
         if self.on_sphere:
+            step_kD = torch.div(mean_kD, root_kD, out=root_kD).mul_(group["lr"])
             _move_on_sphere_(w_kD, _make_tangent_(step_kD, w_kD))
         else:
-            w_kD.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step_kD)
+            w_kD.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(mean_kD, root_kD, value=-group["lr"])
 
 
 def _make_tangent_(v_kD: Tensor, w_kD: Tensor) -> Tensor:
