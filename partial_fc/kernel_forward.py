@@ -27,8 +27,8 @@ from partial_fc.kernel_parts import (
     product_arguments,
     tile_rows,
 )
+from partial_fc.kernel_terms import Terms
 from partial_fc.kernel_tuning import Launch, fastest, scratch
-from partial_fc.kernels import Terms
 
 
 @triton.jit(do_not_specialize=["N", "S", "C", "start", "stop", "split_size"])

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from partial_fc.kernel_parts import Chunks, exponentials, operand, product_arguments, tile_rows
+from partial_fc.kernel_terms import CosineGradient
 from partial_fc.kernel_tuning import Launch, fastest, scratch
-from partial_fc.kernels import CosineGradient
 
 
 @triton.jit(do_not_specialize=["N", "S", "C", "start"])

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from partial_fc.kernels import Terms, interpreted
+from partial_fc.kernel_terms import Terms, interpreted
 from partial_fc.negatives import HardNegatives, InterclassFilter
 
 MIN_NORM: tl.constexpr = tl.constexpr(1e-12)

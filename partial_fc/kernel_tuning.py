@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
-from partial_fc.kernels import Terms, interpreted
+from partial_fc.kernel_terms import Terms, interpreted
 
 _SCRATCH_ROWS = 16896
 """Centres that a trial runs on: tiles of 64 for twice the 132 cores of an H100."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from partial_fc import tiles
 from partial_fc.kernel_gradient import chunk_sums
 from partial_fc.kernel_parts import MIN_NORM, ROW_BLOCK, ROW_WARPS, length, on_device, tile_rows
-from partial_fc.kernels import AdamW, CosineGradient, Sgd
+from partial_fc.kernel_terms import AdamW, CosineGradient, Sgd
 
 
 @triton.jit

@@ -17,85 +17,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from partial_fc.kernel_terms import AdamW, CosineGradient, Sgd, Terms, interpreted
 from partial_fc.negatives import HardNegatives, InterclassFilter, Negatives
+
+__all__ = ["AdamW", "CosineGradient", "Sgd", "Terms", "forward", "gradient", "interpreted", "update", "why_not"]
 
 MAX_DIM = 512
 """An accumulator of 64 rows and this many columns takes half of a GPU core's registers."""
 MIN_CAPABILITY = (8, 0)
 """Ampere: the first with bfloat16 products."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Terms:
-    """What the other classes' logits are made of, for one batch."""
-
-    x_ND: Tensor
-    """float32, unit rows."""
-    w_CD: Tensor
-    """float32 or bfloat16, raw centres of any length, the rows one after the other in memory."""
-    target_N: Tensor
-    """int64, each row's target as a row of w_CD; -1 when it is elsewhere."""
-    rows_S: Tensor | None = None
-    """int64, the centres that take part, distinct; entries of C are padding. None: all."""
-    scale: float
-    shift: float
-    """Taken from every logit: the caller sees to it that no exponential or sum leaves float32."""
-    negatives: Negatives | None = None
-    product_dtype: torch.dtype = torch.float32
-    """Operands of the products, bfloat16 or float32; sums are float32 whatever it is."""
-
-    @property
-    def size(self) -> int:
-        """S, padding counted."""
-        return len(self.w_CD) if self.rows_S is None else len(self.rows_S)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sgd:
-    """v = momentum v + d + decay w; w = w - lr v.
-
-    on_sphere: of v only what is tangent to the sphere at w is kept before d comes to it, there is no decay, and w gets
-    its old length back.
-    """
-
-    velocity_CD: Tensor
-    lr: float
-    momentum: float
-    decay: float = 0.0
-    on_sphere: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdamW:
-    """k = k + 1; m = b1 m + (1 - b1) d; q = b2 q + (1 - b2) d^2;
-    p = lr (m / (1 - b1^k)) / (sqrt(q / (1 - b2^k)) + eps); w = (1 - lr decay) w - p.
-
-    arXiv 1711.05101, with a count of steps for every row.
-
-    on_sphere: of p only what is tangent to the sphere at w is taken, there is no decay, and w gets its old length back.
-    """
-
-    mean_CD: Tensor
-    square_CD: Tensor
-    row_steps_C1: Tensor
-    """float32."""
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    decay: float = 0.0
-    on_sphere: bool = False
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels as Python, on CPU tensors too, slowly: its own switch, read when it is imported."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 @functools.cache
@@ -144,17 +79,6 @@ def forward(terms: Terms, *, want_u: bool) -> tuple[Tensor, Tensor | None]:
     from partial_fc.kernel_forward import run  # noqa: PLC0415  needs Triton
 
     return run(terms, want_u=want_u)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CosineGradient:
-    """What makes one batch's gradient of the centres."""
-
-    terms: Terms
-    by_N: Tensor
-    """float32: e and the value's slope times this is the gradient in another class's cosine."""
-    at_target_N: Tensor
-    """float32: the gradient in the target's cosine."""
 
 
 def gradient(batches: Sequence[CosineGradient], rows_S: Tensor | None) -> Tensor:

@@ -94,21 +94,6 @@ def sharded_margin_softmax(
 
     The centres' gradient is dense, zeros for classes that are not sampled: their optimizer then moves those too.
     """
-    with torch.autocast(x_ND.device.type, enabled=False):
-        return _sharded(x_ND, w_RD, target_N, margin_N, settings, group, margin, sampled, negatives)
-
-
-def _sharded(
-    x_ND: Tensor,
-    w_RD: Tensor,
-    target_N: Tensor,
-    margin_N: Tensor,
-    settings: SoftmaxSettings,
-    group: dist.ProcessGroup | None,
-    margin: TargetMargin,
-    sampled: SampledRows | None,
-    negatives: Negatives | None,
-) -> Tensor:
     K = settings.subcentres
     w_CKD = F.normalize(w_RD.to(x_ND.dtype), eps=1e-12).unflatten(0, (-1, K))
     cosine_NC = torch.einsum("nd,ckd->nck", x_ND, w_CKD).amax(2) if len(w_RD) else x_ND.new_zeros(len(x_ND), 0)

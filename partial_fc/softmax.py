@@ -213,7 +213,8 @@ def streaming_margin_softmax(
     as .grad. Forward runs one all-reduce of 2N float64, backward none.
     """
     if settings.impl == "reference":
-        return sharded_margin_softmax(x_ND, w_RD, target_N, margin_N, settings, group, margin, sampled, negatives)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return sharded_margin_softmax(x_ND, w_RD, target_N, margin_N, settings, group, margin, sampled, negatives)
     room = 0
     ready: list[CentreGradient] | None = None
     if torch.is_grad_enabled() and w_RD.requires_grad:

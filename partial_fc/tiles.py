@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from configs.head import Impl
-from partial_fc import kernels
+from partial_fc.kernel_terms import Terms
 from partial_fc.negatives import Negatives
 from partial_fc.products import product
 
@@ -180,9 +180,9 @@ class TileMath:
         """The same batch, its targets standing elsewhere."""
         return TileMath(self.x_ND, position_N, self.size, self.settings, self.negatives)
 
-    def for_kernels(self, w_CD: Tensor, target_N: Tensor, rows_S: Tensor | None) -> kernels.Terms:
+    def for_kernels(self, w_CD: Tensor, target_N: Tensor, rows_S: Tensor | None) -> Terms:
         """The same batch, as the Triton kernels take it. target_N: class of this shard, not its position."""
-        return kernels.Terms(
+        return Terms(
             x_ND=self.x_ND,
             w_CD=w_CD,
             target_N=target_N,
