@@ -20,22 +20,26 @@ from training.demo import DemoError
 _MODULE = "benchmarks.hard_negatives"
 _BATCH = 32
 _RATE = 0.02
+_LEARNING_RATE = f"optim.reference_batch={_BATCH}"
+"""The recipe's, not scaled down to the small batch: neighbours must mean something after the first epoch."""
 
 
 def _near(k: int) -> tuple[str, ...]:
-    """k neighbours take part from the first table on, a tenth of an epoch after the first epoch."""
+    """k neighbours take part from the first table on, a tenth of an epoch after the first epoch; then half an epoch
+    to the next one."""
     return (
-        *(f"head.sample_rate={_RATE}", "clustering.enabled=true", f"clustering.hard_negatives={k}"),
-        *("clustering.warmup_fraction=0", "clustering.ramp_fraction=0", "clustering.refresh_span=0.1"),
+        *(_LEARNING_RATE, f"head.sample_rate={_RATE}", "clustering.enabled=true", f"clustering.hard_negatives={k}"),
+        *("clustering.warmup_fraction=0", "clustering.ramp_fraction=0"),
+        *("clustering.refresh_epochs=0.5", "clustering.refresh_span=0.2"),
         *("clustering.direction=0", "clustering.contrastive_weight=0", "clustering.alignment_weight=0"),
     )
 
 
 ARMS: dict[str, tuple[str, ...]] = {
-    "random": (f"head.sample_rate={_RATE}",),
+    "random": (_LEARNING_RATE, f"head.sample_rate={_RATE}"),
     "near-2": _near(2),
     "near-8": _near(8),
-    "all": ("head.sample_rate=1.0",),
+    "all": (_LEARNING_RATE, "head.sample_rate=1.0"),
 }
 AS_MANY = "random-as-many"
 
@@ -70,7 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             first = results_of({arm: ARMS[arm] for arm in ("random", "near-8", "all")}, args.seeds[:1])
             if len(first) == 3:
                 random, near, every = (result["classes"] for result in first)
-                results += results_of({AS_MANY: (f"head.sample_rate={rate_for(near, random, every)}",)}, args.seeds)
+                results += results_of(
+                    {AS_MANY: (_LEARNING_RATE, f"head.sample_rate={rate_for(near, random, every)}")}, args.seeds
+                )
     except DemoError as error:
         parser.error(str(error))
     return report("Look-alike classes in a sampled softmax", results, failed, about=about, out=args.out)

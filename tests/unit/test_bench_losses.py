@@ -161,7 +161,7 @@ def test_classes_a_step_count_neighbours_once_and_from_the_ramp_on(tmp_path: Pat
     _write_run(tmp_path, neighbours=table)
     (run,) = runs_of({"near-2": ALL_ARMS["near-2"]}, [5], epochs=3, batch=BATCH)
     plan = BatchPlan(SAMPLES, batch_size=BATCH, rank=0, world_size=1, seed=5)
-    begin = 72 + round(0.1 * 72)  # one epoch, then a tenth of one until the first table
+    begin = 72 + round(0.2 * 36)  # one epoch, then a tenth of one until the first table
     named = []
     for step in range(3 * 72):
         classes = set(Records.labels[plan.samples(*divmod(step, 72))].tolist())
