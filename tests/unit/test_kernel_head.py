@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,26 +11,16 @@ import torch
 
 from partial_fc.choice import KernelFallbackWarning, runs_kernels
 from partial_fc.deferred import deferred
-from partial_fc.kernels import why_not
+from tests.triton_process import Run, fresh_process, needs_triton
 from tests.unit.test_fused_optim import ADAMW, SGD, _batch, _differ, _head, _train
 
-Run = Callable[..., Any]
-pytestmark = pytest.mark.skipif(
-    "triton is not installed" in why_not(torch.ones(1, 1), torch.ones(1, 1)), reason="triton is not installed"
-)
+pytestmark = needs_triton
 MAKE = {"sgd": SGD, "adamw": ADAMW}
 
 
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A process of its own: Triton reads its switch once, when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        pool.submit(torch.set_num_threads, 1).result()
-    with pool:
-        yield lambda fn, *args: pool.submit(fn, *args).result(timeout=120)
+    yield from fresh_process(True, tmp_path_factory.mktemp("triton"))
 
 
 def _compare(name: str, settings: dict[str, Any], accumulation: int, aligned: bool, on_sphere: bool) -> float:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,11 +13,7 @@ import torch
 from partial_fc.kernels import MAX_DIM, why_not
 from tests import kernel_cases
 from tests.kernel_problems import BF16, Case
-
-Run = Callable[..., Any]
-needs_triton = pytest.mark.skipif(
-    "triton is not installed" in why_not(torch.ones(1, 1), torch.ones(1, 1)), reason="triton"
-)
+from tests.triton_process import Run, fresh_process, needs_triton
 
 CASES = [
     Case(1, 7, 1),
@@ -38,25 +31,14 @@ UPDATES = [
 ]
 
 
-def _fresh_process(interpret: bool, cache: Path) -> Iterator[Run]:
-    """Runs functions in a process of its own: Triton reads its switch once, when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", str(int(interpret)))
-        patch.setenv("TRITON_CACHE_DIR", str(cache))
-        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        pool.submit(torch.set_num_threads, 1).result()
-    with pool:
-        yield lambda fn, *args: pool.submit(fn, *args).result(timeout=120)
-
-
 @pytest.fixture(scope="module")
 def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    yield from _fresh_process(True, tmp_path_factory.mktemp("triton"))
+    yield from fresh_process(True, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    yield from _fresh_process(False, tmp_path_factory.mktemp("triton"))
+    yield from fresh_process(False, tmp_path_factory.mktemp("triton"))
 
 
 @needs_triton
