@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.arm_memory import extra_in_own_process
 from benchmarks.arms import OURS, Arm, Problem, arms_of
+from benchmarks.options import check_sizes
 from benchmarks.plot import save_step_plot
 from benchmarks.report import facts, publish
 from benchmarks.roofline import gemm_peak, head_flops
@@ -118,13 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     args = parser.parse_args(arguments)
-    if min(args.batch, args.repeats, args.dim - 1, *(classes - 1 for classes in args.classes)) < 1 or args.warmup < 0:
-        parser.error(
-            "expected --batch and --repeats of at least 1, --dim and --classes of at least 2, --warmup 0 or more"
-        )
+    check_sizes(parser, args)
     try:
-        for rate in args.rates:
-            HeadConfig(sample_rate=rate)
         with open_ranks(TrainConfig(device=args.device, cpu_threads=args.threads)) as ranks:
             _compare(args, ranks, facts(ranks.device, "benchmarks.head", arguments))
     except ConfigError as error:

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.options import check_sizes
 from benchmarks.report import digits, facts, publish, spread
 from configs.schema import ConfigError, HeadConfig, TrainConfig
 from partial_fc.collectives import gather_batch
@@ -174,13 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result there, in Markdown; JSON beside it")
     args = parser.parse_args(arguments)
-    if min(args.batch, args.repeats, args.dim - 1, *(classes - 1 for classes in args.classes)) < 1 or args.warmup < 0:
-        parser.error(
-            "expected --batch and --repeats of at least 1, --dim and --classes of at least 2, --warmup 0 or more"
-        )
+    check_sizes(parser, args)
     try:
-        for rate in args.rates:
-            HeadConfig(sample_rate=rate)
         with open_ranks(TrainConfig(device=args.device, cpu_threads=args.threads)) as ranks:
             _compare(args, arguments, ranks)
     except ConfigError as error:
