@@ -126,12 +126,13 @@ def _rounded(values: list[Tensor], row_k: Tensor, key: int) -> list[Tensor]:
     return [stochastic_bf16(value_kD, share_kD) for value_kD, share_kD in zip(values, shares, strict=False)]
 
 
-def _check(*, momentum: float, **numbers: float) -> None:
+def _check(*momenta: float, **numbers: float) -> None:
     for name, value in numbers.items():
         if not value >= 0:
             raise ValueError(f"{name}: expected 0 or more, got {value}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum, betas: expected 0 to below 1, got {momentum}")
+    for momentum in momenta:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum, betas: expected 0 to below 1, got {momentum}")
 
 
 class CentreSGD(_CentreOptimizer):
@@ -162,7 +163,7 @@ class CentreSGD(_CentreOptimizer):
     ) -> None:
         """Raises ValueError for catch_up with on_sphere, where steps are not linear, or with bf16 centres, and for
         numbers out of range."""
-        _check(lr=lr, weight_decay=weight_decay, momentum=momentum)
+        _check(momentum, lr=lr, weight_decay=weight_decay)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults, fused=fused, seed=seed)
         self.on_sphere, self.catch_up = on_sphere, catch_up
@@ -251,7 +252,7 @@ class CentreAdamW(_CentreOptimizer):
         seed: int = 0,
     ) -> None:
         """Raises ValueError for numbers out of range."""
-        _check(lr=lr, weight_decay=weight_decay, eps=eps, momentum=max(betas))
+        _check(*betas, lr=lr, weight_decay=weight_decay, eps=eps)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps}
         super().__init__(params, defaults, fused=fused, seed=seed)
         self.on_sphere = on_sphere

@@ -329,3 +329,6 @@ def test_numbers_out_of_range_are_refused() -> None:
     for wanted in ({"lr": -1.0}, {"momentum": 1.0}, {"weight_decay": -0.1}):
         with pytest.raises(ValueError, match=f"{next(iter(wanted))}.*: expected 0"):
             CentreSGD(head.parameters(), **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, **wanted})
+    for betas in ((-0.1, 0.9), (0.9, 1.0)):
+        with pytest.raises(ValueError, match="betas: expected 0"):
+            CentreAdamW(head.parameters(), lr=0.1, betas=betas, weight_decay=0.0)
