@@ -1,0 +1,53 @@
+"""Where the points of a stand-alone k-means lie: in memory here, in files elsewhere, behind the same three calls.
+
+Legend: P rows of this rank, D embedding size, Q rows asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Rows(Protocol):
+    """The points of one rank, a contiguous range of all rows. No method runs a collective.
+
+    A row is of unit length, or zero: a point without direction, which belongs to no cluster and is never counted.
+    """
+
+    @property
+    def dim(self) -> int:
+        """D."""
+
+    def __len__(self) -> int:
+        """P."""
+
+    def block(self, start: int, stop: int) -> Tensor:
+        """Rows start … stop - 1, (stop - start, D), float32, float64 or bfloat16, on the device that computes."""
+
+    def take(self, index_Q: Tensor) -> Tensor:
+        """Rows in any order, (Q, D), as `block` gives them. index_Q: int64, on the device that computes."""
+
+
+class TensorRows:
+    """Rows of a tensor (P, D)."""
+
+    def __init__(self, x_PD: Tensor) -> None:
+        """Raises ValueError for a tensor that is not a matrix of floating-point numbers."""
+        if x_PD.dim() != 2 or not x_PD.is_floating_point():
+            raise ValueError(f"expected rows of floating-point numbers (P, D), got {x_PD.dtype} {tuple(x_PD.shape)}")
+        self._x_PD = x_PD
+
+    @property
+    def dim(self) -> int:
+        return self._x_PD.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._x_PD)
+
+    def block(self, start: int, stop: int) -> Tensor:
+        return self._x_PD[start:stop]
+
+    def take(self, index_Q: Tensor) -> Tensor:
+        return self._x_PD.index_select(0, index_Q)
