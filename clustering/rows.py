@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from clustering.nearest import row_dots
 
 
 class Rows(Protocol):
@@ -51,3 +54,39 @@ class TensorRows:
 
     def take(self, index_Q: Tensor) -> Tensor:
         return self._x_PD.index_select(0, index_Q)
+
+
+class UnitRows:
+    """Other rows as float32, those of bfloat16 scaled to unit length again: their rounding takes a thousandth off."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    @property
+    def dim(self) -> int:
+        return self._rows.dim
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def block(self, start: int, stop: int) -> Tensor:
+        return _unit(self._rows.block(start, stop))
+
+    def take(self, index_Q: Tensor) -> Tensor:
+        return _unit(self._rows.take(index_Q))
+
+    def pick(self, point_Q: Tensor) -> Tensor:
+        """`take` of distinct rising rows, or `block` where they lie side by side."""
+        if not len(point_Q):
+            return self.block(0, 0)
+        first, last = int(point_Q[0]), int(point_Q[-1])
+        return self.block(first, last + 1) if last - first + 1 == len(point_Q) else self.take(point_Q)
+
+
+def _unit(x_QD: Tensor) -> Tensor:
+    if x_QD.dtype != torch.bfloat16:
+        return x_QD.float()
+    x_QD = x_QD.float()
+    row_Q = torch.arange(len(x_QD), device=x_QD.device)
+    length_Q1 = row_dots(x_QD, row_Q, x_QD, row_Q).sqrt()[:, None]
+    return torch.where(length_Q1 > 0, x_QD / length_Q1.float(), x_QD)

@@ -1,0 +1,184 @@
+"""The nearest centre of each point, tile by tile, decided exactly, and an upper limit of all other cosines.
+
+A float32 product of two matrices is off by its rounding, and rounds differently for other shapes. So it only finds who
+may be nearest: every centre that comes within `tolerance` of the best is compared again by a float64 dot product of the
+two rows alone, ties going to the smaller cluster. The result does not depend on tiles, blocks, order or ranks.
+
+Two numbers are kept of the cosines of a tile: they are never written but into a buffer that stays in a CPU's cache, or
+not at all on GPUs (`clustering.kernel_nearest`).
+
+Legend: b points of a block, s centres of a tile, D embedding size, q pairs of a point and a centre.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from partial_fc.products import product
+
+NONE = float("-inf")
+_DOTS_AT_ONCE = 128
+"""Rows of float64 that stay in a CPU core's cache."""
+_TILE = {"cpu": (512, 2048), "cuda": (8192, 8192)}
+"""Points and centres of a tile: 4 MB of float32 on CPUs, 256 MB on GPUs."""
+_CROWD = 1 << 20
+"""Cosines at a time of points whose nearest centre is not clear."""
+
+
+def tolerance(product_dtype: torch.dtype) -> float:
+    """How far a cosine of two unit rows by a product of that dtype may be from the true one, with room to spare.
+
+    In float32 the largest of 10^9 errors at D = 512 was 5e-7. Operands of bfloat16 are off by 2^-9 of each number at
+    most; over D numbers these mostly cancel.
+    """
+    return 2e-3 if product_dtype == torch.bfloat16 else 4e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nearest:
+    """What is known of each point of a block; updated in place."""
+
+    best_b: Tensor
+    """float64: the cosine to the nearest centre so far, exact; -inf: none yet."""
+    index_b: Tensor
+    """int64: that centre's cluster; -1: none yet."""
+    second_b: Tensor
+    """float32: no other centre compared so far has a larger cosine, up to the tolerance; -inf: none yet."""
+
+    @classmethod
+    def unknown(cls, points: int, device: torch.device) -> Nearest:
+        return cls(
+            best_b=torch.full((points,), NONE, dtype=torch.float64, device=device),
+            index_b=torch.full((points,), -1, dtype=torch.int64, device=device),
+            second_b=torch.full((points,), NONE, device=device),
+        )
+
+    def offer_(self, row_b: Tensor, cluster_b: Tensor, cosine_b: Tensor) -> None:
+        """Another centre for some distinct points. row_b: int64 places in the block. cosine_b: float64, exact."""
+        best_b, index_b = self.best_b[row_b], self.index_b[row_b]
+        better_b = (cosine_b > best_b) | ((cosine_b == best_b) & (cluster_b < index_b))
+        loser_b = torch.where(better_b, best_b, cosine_b).float()
+        self.second_b[row_b] = self.second_b[row_b].maximum(loser_b)
+        self.best_b[row_b] = torch.where(better_b, cosine_b, best_b)
+        self.index_b[row_b] = torch.where(better_b, cluster_b, index_b)
+
+    def offer_pairs_(self, row_q: Tensor, cluster_q: Tensor, cosine_q: Tensor) -> None:
+        """Any number of other centres for some points. cosine_q: float64, exact."""
+        best_b = torch.full_like(self.best_b, NONE).scatter_reduce_(0, row_q, cosine_q, "amax")
+        wins_q = cosine_q == best_b[row_q]
+        last = torch.iinfo(torch.int64).max
+        index_b = torch.full_like(self.index_b, last)
+        index_b.scatter_reduce_(0, row_q[wins_q], cluster_q[wins_q], "amin")
+        loses_q = cluster_q != index_b[row_q]
+        self.second_b.scatter_reduce_(0, row_q[loses_q], cosine_q[loses_q].float(), "amax")
+        row_b = (index_b != last).nonzero()[:, 0]
+        self.offer_(row_b, index_b[row_b], best_b[row_b])
+
+
+def row_dots(a_XD: Tensor, row_q: Tensor, b_YD: Tensor, other_q: Tensor) -> Tensor:
+    """Dot products a[row_q] . b[other_q], float64 (q,). A pair has the same bits whatever other pairs there are.
+
+    Products of float32 numbers are exact in float64, so what is left is rounding of 1e-16 a sum.
+    """
+    if a_XD.is_cuda:
+        return _folded(a_XD[row_q].double() * b_YD[other_q])
+    parts = [
+        (a_XD.index_select(0, row).double() * b_YD.index_select(0, other)).sum(1)  # row by row on CPUs
+        for row, other in zip(row_q.split(_DOTS_AT_ONCE), other_q.split(_DOTS_AT_ONCE), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _folded(values_qD: Tensor) -> Tensor:
+    """Sums of rows in an order that D alone decides: a GPU's own sum may cut few rows otherwise than many."""
+    while (D := values_qD.shape[1]) > 1:
+        half = D // 2
+        folded = values_qD[:, :half] + values_qD[:, half : 2 * half]
+        values_qD = torch.cat([folded, values_qD[:, 2 * half :]], dim=1) if D % 2 else folded
+    return values_qD[:, 0]
+
+
+def top_two(x_bD: Tensor, centres_sD: Tensor, hidden_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest cosine of each point, float32 (b,), its column, int64, and the largest of the others; -inf for none.
+
+    hidden_b: int64, a column that does not count, -1 for none. dtype: of the product's operands. s >= 1.
+    """
+    b, s = len(x_bD), len(centres_sD)
+    rows, columns = _TILE[x_bD.device.type]
+    first_b, second_b = (torch.full((b,), NONE, device=x_bD.device) for _ in range(2))
+    column_b = torch.zeros(b, dtype=torch.int64, device=x_bD.device)
+    buffer = torch.empty(min(rows, b) * min(columns, s), device=x_bD.device)
+    for top in range(0, b, rows):
+        part = slice(top, top + rows)
+        x_nD, hidden_n = x_bD[part], hidden_b[part]
+        for left in range(0, s, columns):
+            tile_tD = centres_sD[left : left + columns]
+            cosine_nt = buffer[: len(x_nD) * len(tile_tD)].view(len(x_nD), len(tile_tD))
+            if dtype == torch.float32:
+                torch.mm(x_nD, tile_tD.T, out=cosine_nt)
+            else:
+                cosine_nt.copy_(product(x_nD, tile_tD.T, dtype))
+            _hide_(cosine_nt, hidden_n - left)
+            _merge_(cosine_nt, left, first_b[part], column_b[part], second_b[part])
+    return first_b, column_b, second_b
+
+
+def _hide_(cosine_nt: Tensor, hidden_n: Tensor) -> None:
+    row_q = ((hidden_n >= 0) & (hidden_n < cosine_nt.shape[1])).nonzero()[:, 0]
+    cosine_nt[row_q, hidden_n[row_q]] = NONE
+
+
+def _merge_(cosine_nt: Tensor, left: int, first_n: Tensor, column_n: Tensor, second_n: Tensor) -> None:
+    """Two passes over the tile, which is overwritten: the largest, and the largest but that."""
+    if cosine_nt.is_cuda:
+        here_n = cosine_nt.argmax(1, keepdim=True)
+    else:  # numpy's argmax takes 0.3 ns a number on a core with AVX2, torch's 1.9
+        here_n = torch.from_numpy(np.argmax(cosine_nt.numpy(), axis=1))[:, None]
+    largest_n = cosine_nt.gather(1, here_n)[:, 0]
+    next_n = cosine_nt.scatter_(1, here_n, NONE).amax(1)
+    better_n = largest_n > first_n
+    second_n.copy_(torch.where(better_n, first_n, largest_n).maximum(second_n).maximum(next_n))
+    column_n.copy_(torch.where(better_n, here_n[:, 0] + left, column_n))
+    first_n.copy_(torch.where(better_n, largest_n, first_n))
+
+
+def nearest_(
+    state: Nearest, x_bD: Tensor, centres_sD: Tensor, cluster_s: Tensor, *, kernels: bool, dtype: torch.dtype
+) -> None:
+    """Compare every point of a block with every centre of a tile, except its own, `state.index_b`.
+
+    x_bD: float32 unit rows. centres_sD: float32 unit rows, none of them zero. cluster_s: int64, their clusters, rising.
+    kernels: use `clustering.kernel_nearest`. dtype: of the product's operands, float32 or bfloat16.
+    """
+    if not len(x_bD) or not len(centres_sD):
+        return
+    hidden_b = columns_of(state.index_b, cluster_s)
+    if kernels:
+        from clustering.kernel_nearest import top_two as find  # noqa: PLC0415  needs Triton
+    else:
+        find = top_two
+    first_b, column_b, second_b = find(x_bD, centres_sD, hidden_b, dtype)
+    margin = tolerance(dtype)
+    close_b = first_b >= state.best_b - margin
+    enough_b = state.best_b.maximum(first_b) - margin
+    crowded_b = close_b & (second_b >= enough_b)
+    state.second_b.copy_(state.second_b.maximum(torch.where(close_b, second_b, first_b)))
+    row_q = (close_b & ~crowded_b).nonzero()[:, 0]
+    column_q = column_b[row_q]
+    state.offer_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
+    for row_n in crowded_b.nonzero()[:, 0].split(max(1, _CROWD // len(centres_sD))):
+        cosine_ns = product(x_bD[row_n], centres_sD.T, dtype)
+        _hide_(cosine_ns, hidden_b[row_n])
+        at_q, column_q = (cosine_ns >= enough_b[row_n, None] - margin).nonzero(as_tuple=True)
+        row_q = row_n[at_q]
+        state.offer_pairs_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
+
+
+def columns_of(cluster_b: Tensor, cluster_s: Tensor) -> Tensor:
+    """Place of each cluster among the rising `cluster_s`, int64 (b,); -1 where it is not there."""
+    column_b = torch.searchsorted(cluster_s, cluster_b).clamp_max(len(cluster_s) - 1)
+    return torch.where(cluster_s[column_b] == cluster_b, column_b, -1)
