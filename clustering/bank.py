@@ -8,6 +8,7 @@ Legend: N rows of the global batch, P samples of this rank's classes, D embeddin
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,11 +88,19 @@ class EmbeddingBank:
             largest=self.largest,
         )
 
+    def snapshot(self) -> Points:
+        """The bank as it is now, copied."""
+        points = self.points()
+        return dataclasses.replace(points, x_PD=points.x_PD.clone(), seen_P=points.seen_P.clone())
+
     @torch.no_grad()
     def update(self, batch: GatheredBatch) -> None:
-        """Store the rows of the global batch that lie here; rows with label -1 are left out. No host sync."""
+        """Store the rows of the global batch that lie here. No host sync.
+
+        Rows with label -1, and rows that are not finite, are left out: their samples keep what was stored before.
+        """
         ids_N = batch.sample_ids_N
-        known_N = (batch.labels_N >= 0) & (ids_N >= 0) & (ids_N < self.num_samples)
+        known_N = (batch.labels_N >= 0) & (ids_N >= 0) & (ids_N < self.num_samples) & batch.x_ND.isfinite().all(1)
         slot_N = self._slot_of_sample[ids_N.clamp(0, self.num_samples - 1)].long()
         slot_N = torch.where(known_N & (slot_N >= 0), slot_N, self.size)
         self._x.index_copy_(0, slot_N, batch.x_ND.to(self._x.dtype))

@@ -6,9 +6,11 @@ Points lie with the owner of their class, centres are sharded by cluster. What i
 - assign: for each rank r its centres are broadcast once, and every rank compares its own points with them, `block`
   points a slice, keeping the best so far. Ranks without points left do nothing, yet every rank counts the same slices;
 - seed: gate, counts and seeds, one slice;
-- mean: for each rank r one slice: partial sums are reduced to r.
+- mean: for each rank r partial sums, a range of points a slice, are reduced to r with the last.
 
-Points first seen by the training after a run began take no part in it.
+Sums are exact (`clustering.shards`), so centres do not depend on the number of ranks where assignments do not. Points
+that are not seen when a run begins take no part in it. Buffers that collectives need are made at the beginning; with a
+guard, a rank on which something failed goes on as one without points.
 
 Legend: P points of this rank, b points of a block, S centres of a shard, s centres of a tile, D embedding size,
 K clusters, C classes.
@@ -16,6 +18,7 @@ K clusters, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.bank import Points
+from clustering.guard import Guard, T
 from clustering.kmeans import FIT_LEVELS, WELL_FITTED, Gate, fit_level
 from clustering.shards import add_rows_, show_rows, sum_rows_, unit_or
 from partial_fc.collectives import all_reduce_
@@ -30,6 +34,8 @@ from sharding import all_shards
 
 _TILE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Cosines of one (b, s) tile: 1 MB of float32 stays in the cache of a CPU core; 256 MB fill a GPU."""
+_ADDED_AT_A_TIME = 128
+"""Centres that a point is compared with in the time in which it is added to a sum: makes slices of about one cost."""
 _SAVED = ("centres_SD", "best_P", "index_P", "counted_P", "taking_part_P", "seed_point_Q", "seed_cluster_Q")
 
 
@@ -37,6 +43,11 @@ def _cosines(x_bD: Tensor, centres_sD: Tensor) -> Tensor:
     if x_bD.dtype == torch.bfloat16:
         return torch.mm(x_bD, centres_sD.to(torch.bfloat16).T, out_dtype=centres_sD.dtype)
     return x_bD @ centres_sD.T
+
+
+def _plainly(what: str, work: Callable[[], T], otherwise: T) -> T:
+    """Without a guard: what goes wrong is raised."""
+    return work()
 
 
 class KMeansRun:
@@ -53,12 +64,19 @@ class KMeansRun:
         block: int,
         gate: Gate | None,
         group: dist.ProcessGroup,
+        start_P: Tensor | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        """centres_SD: this rank's shard of the centres to start from (copied), or None for the class means.
+        """points: not copied, must stay as they are until the end.
 
-        Centres are float32, or float64 for points of float64. gate: may run collectives; called once an iteration.
+        centres_SD: this rank's shard of the centres to start from (copied), or None for means: of the classes, or of
+        the clusters in start_P, int64 (P,), -1 for a point that starts in none. Centres are float32, or float64 for
+        points of float64. gate: may run collectives; called once an iteration, on a rank that failed with no point
+        assigned; must not raise before its last collective. guard: keeps what fails on this rank; without one it is
+        raised.
         """
         self.points, self.gate, self.group = points, gate, group
+        self._guard, self._attempt = guard, _plainly if guard is None else guard.run
         self.num_classes = num_classes
         self.rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         self.shards = all_shards(world_size, num_clusters)
@@ -67,26 +85,44 @@ class KMeansRun:
         device = points.x_PD.device
         self.dtype = torch.float64 if points.x_PD.dtype == torch.float64 else torch.float32
         own = self.shards[self.rank]
-        self.from_class_means = centres_SD is None
+        self.from_means = centres_SD is None
         start_SD = torch.zeros(own.size, D, device=device) if centres_SD is None else centres_SD
         self.centres_SD = start_SD.to(self.dtype, copy=True)
         self.taking_part_P = points.seen_P.clone()
         self.counted_P = self.taking_part_P.clone()
         self.best_P = torch.full((P,), float("-inf"), dtype=self.dtype, device=device)
-        self.index_P = torch.where(self.taking_part_P, points.class_P, -1)
+        self.index_P = torch.where(self.taking_part_P, points.class_P if start_P is None else start_P, -1)
+        self.counted_P &= self.index_P >= 0
         self.seed_point_Q = torch.empty(0, dtype=torch.int64, device=device)
         self.seed_cluster_Q = torch.empty(0, dtype=torch.int64, device=device)
+        largest = self.shards[0].size
+        self._shown_XD = torch.empty(largest if world_size > 1 else 0, D, dtype=self.dtype, device=device)
+        self._sums_XD = torch.zeros(largest, D, dtype=torch.int64, device=device)
+        self._count_K = torch.zeros(num_clusters, dtype=torch.int64, device=device)
+        # Neither is saved in a checkpoint: a resumed run shows the same rows and adds up the same points again.
+        self._shown: tuple[int, Tensor] | None = None
+        self._summed = (0, 0)
+        self._withdrawn = False
+        self.added = block * max(1, num_clusters // (_ADDED_AT_A_TIME * world_size))
+        """Points that are added to sums in about the time of a slice."""
         self._slices = self._plan(iterations, world_size)
         self.done = 0
-        self._shown: tuple[int, Tensor] | None = None
 
     def _plan(self, iterations: int, world_size: int) -> list[tuple[str, int, int]]:
-        """(kind, rank, block) of every slice; the same list on all ranks."""
+        """(kind, rank, part) of every slice; the same list on all ranks."""
         blocks = -(-self.points.largest // self.block)
-        means = [("mean", rank, 0) for rank in range(world_size)]
+        # A rank's clusters have about 1 / world_size of the points.
+        parts = max(1, -(-self.points.largest // (self.added * world_size)))
+        means = [("mean", rank, part) for rank in range(world_size) for part in range(parts)]
         passes = [("assign", rank, block) for rank in range(world_size) for block in range(blocks)]
         one = [*passes, ("seed", 0, 0), *means]
-        return (means if self.from_class_means else []) + one * iterations
+        self._mean_parts, self.slices_of_an_iteration = parts, len(one)
+        return (means if self.from_means else []) + one * iterations
+
+    def limit(self, iterations: int) -> None:
+        """Make only so many iterations, at most as many as said at first; before the first is over."""
+        before = len(self._slices) % self.slices_of_an_iteration if self.from_means else 0
+        del self._slices[before + iterations * self.slices_of_an_iteration :]
 
     @property
     def length(self) -> int:
@@ -98,28 +134,45 @@ class KMeansRun:
         """Do the next slice; False when none is left afterwards.
 
         Collectives: assign, one broadcast when its rank's centres are first needed; seed, two all-reduces and
-        those of the gate; mean, one reduce.
+        those of the gate; mean, one reduce with its last part.
         """
-        kind, rank, block = self._slices[self.done]
+        if self._guard is not None and self._guard.failure and not self._withdrawn:
+            self._withdraw()
+        kind, rank, part = self._slices[self.done]
         if kind == "assign":
-            self._assign(rank, block)
+            if self._shown is None or self._shown[0] != rank:
+                self._shown = (rank, self.show(rank))
+            self._attempt("assign", lambda: self._assign(rank, part), None)
         elif kind == "seed":
             self._seed()
         else:
-            self._mean(rank)
+            self._mean(rank, part)
         self.done += 1
         return self.done < len(self._slices)
 
+    def show(self, rank: int) -> Tensor:
+        """The centres of `rank`, (S, D), until something else is shown. One broadcast."""
+        return show_rows(self.centres_SD, self.shards[rank], rank, self.group, self._shown_XD)
+
+    def _withdraw(self) -> None:
+        """Go on as a rank without points, in place."""
+        self.taking_part_P.fill_(False)
+        self.counted_P.fill_(False)
+        self.index_P.fill_(-1)
+        self.seed_point_Q, self.seed_cluster_Q = self.seed_point_Q[:0], self.seed_cluster_Q[:0]
+        self._withdrawn = True
+
     def _assign(self, rank: int, block: int) -> None:
+        """Compare a block of points with the centres that are shown. No collective."""
         if rank == block == 0:
             self.best_P.fill_(float("-inf"))
             self.index_P.fill_(-1)
-        # Not saved in a checkpoint: a resumed run shows the same rows again, as they do not change within a pass.
-        if self._shown is None or self._shown[0] != rank:
-            self._shown = (rank, show_rows(self.centres_SD, self.shards[rank], rank, self.group))
+        assert self._shown is not None
         shown_SD = self._shown[1]
         part = slice(block * self.block, (block + 1) * self.block)
         x_bD, best_b, index_b = self.points.x_PD[part], self.best_P[part], self.index_P[part]
+        if rank == 0 and not bool(torch.isfinite(x_bD).all()):
+            raise FloatingPointError("embeddings are not finite")
         if not len(x_bD) or not len(shown_SD):
             return
         if not x_bD.is_cuda:  # only GPUs multiply bf16 operands into a float32 result
@@ -136,13 +189,18 @@ class KMeansRun:
     def _seed(self) -> None:
         self._shown = None
         self.counted_P = self.index_P >= 0 if self.gate is None else self.gate(self.index_P)
-        counts_K = torch.bincount(self.index_P[self.counted_P], minlength=self.num_clusters)
+        counts_K = self._count_K.zero_()
+        self._attempt("seed", lambda: self._count_(counts_K), None)
         empty_E = (all_reduce_(counts_K, self.group) == 0).nonzero()[:, 0]
-        point_Q, level_Q = self._worst_of_each_class()
+        nobody_Q = self.index_P[:0]
+        point_Q, level_Q = self._attempt("seed", self._worst_of_each_class, (nobody_Q, nobody_Q))
         rank_Q = self._rank_among_all(level_Q, self.points.class_P[point_Q], len(empty_E))
         planted_Q = rank_Q < len(empty_E)
         self.seed_point_Q = point_Q[planted_Q]
         self.seed_cluster_Q = empty_E[rank_Q[planted_Q]]
+
+    def _count_(self, counts_K: Tensor) -> None:
+        counts_K.copy_(torch.bincount(self.index_P[self.counted_P], minlength=self.num_clusters))
 
     def _worst_of_each_class(self) -> tuple[Tensor, Tensor]:
         """Of each class here, the counted point of lowest fit, the first of equals, if any needs a seed: and its fit.
@@ -179,26 +237,47 @@ class KMeansRun:
         place_C[flat[:, 1]] = torch.arange(len(flat), device=flat.device)
         return place_C[class_Q]
 
-    def _mean(self, rank: int) -> None:
-        shard = self.shards[rank]
-        sums_SD = torch.zeros(shard.size, self.points.x_PD.shape[1], dtype=self.dtype, device=self.centres_SD.device)
-        inside_P = self.counted_P & (self.index_P >= shard.start) & (self.index_P < shard.stop)
-        point_Q = inside_P.nonzero()[:, 0]
-        add_rows_(sums_SD, self.index_P[point_Q] - shard.start, self.points.x_PD, point_Q)
-        seed_Q = (self.seed_cluster_Q >= shard.start) & (self.seed_cluster_Q < shard.stop)
-        add_rows_(sums_SD, self.seed_cluster_Q[seed_Q] - shard.start, self.points.x_PD, self.seed_point_Q[seed_Q])
+    def _mean(self, rank: int, part: int) -> None:
+        first = part if self._summed == (rank, part) else 0  # after resuming, or at the beginning
+        sums_SD = self._sums_XD[: self.shards[rank].size]
+        if first == 0:
+            sums_SD.zero_()
+        for number in range(first, part + 1):
+            self._attempt("mean", lambda number=number: self._add_(sums_SD, rank, number), None)  # type: ignore[misc]
+        self._summed = (rank, part + 1)
+        if part + 1 < self._mean_parts:
+            return
         sum_rows_(sums_SD, rank, self.group)
         if rank == self.rank:
-            self.centres_SD = unit_or(sums_SD, self.centres_SD)
+            self.centres_SD = self._attempt("mean", lambda: self._centres(sums_SD), self.centres_SD)
+
+    def _add_(self, sums_SD: Tensor, rank: int, part: int) -> None:
+        """Add the counted points, and with the first part the seeds, of the clusters of `rank`."""
+        shard = self.shards[rank]
+        step = self.added * len(self.shards)
+        range_p = slice(part * step, (part + 1) * step)
+        index_p = self.index_P[range_p]
+        inside_p = self.counted_P[range_p] & (index_p >= shard.start) & (index_p < shard.stop)
+        point_Q = inside_p.nonzero()[:, 0] + range_p.start
+        add_rows_(sums_SD, self.index_P[point_Q] - shard.start, self.points.x_PD, point_Q)
+        if part == 0:
+            seed_Q = (self.seed_cluster_Q >= shard.start) & (self.seed_cluster_Q < shard.stop)
+            add_rows_(sums_SD, self.seed_cluster_Q[seed_Q] - shard.start, self.points.x_PD, self.seed_point_Q[seed_Q])
+
+    def _centres(self, sums_SD: Tensor) -> Tensor:
+        centres_SD = unit_or(sums_SD.double(), self.centres_SD.double()).to(self.dtype)
+        if not bool(torch.isfinite(centres_SD).all()):
+            raise FloatingPointError("centres are not finite")
+        return centres_SD
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors are this run's own, not copies."""
         state: dict[str, Any] = {name: getattr(self, name) for name in _SAVED}
-        return {**state, "done": self.done, "from_class_means": self.from_class_means}
+        return {**state, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a run of the same construction, at the slice where it was saved."""
         device = self.centres_SD.device
         for name in _SAVED:
             setattr(self, name, state[name].to(device, copy=True))
-        self.done, self._shown = state["done"], None
+        self.done, self._shown, self._summed = state["done"], None, (0, 0)

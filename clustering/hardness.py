@@ -1,9 +1,11 @@
 """The hard level of each class: how far k-means, which sees no labels, disagrees with them. Ours, see docs/method.md.
 
 Everything is counted from T, the number of samples of class y in cluster k, as sparse triplets on the owner of y.
-Functions with a `group` run collectives and say how many.
+Functions with a `group` run collectives and say how many. Means over classes are taken where the numbers of all classes
+lie, so that they are the same bits on any number of ranks.
 
-Legend: P samples of this rank's classes, R its classes (its rows), C all classes, K clusters, Q non-zero entries of T.
+Legend: P samples of this rank's classes, R its classes (its rows), C all classes, K clusters, Q non-zero entries of T,
+D embedding size.
 """
 
 from __future__ import annotations
@@ -49,6 +51,19 @@ class CountTable:
             num_clusters=num_clusters,
         )
 
+    @classmethod
+    def empty(cls, shard: Shard, num_classes: int, num_clusters: int, device: torch.device) -> CountTable:
+        """Of no sample."""
+        none_Q = torch.empty(0, dtype=torch.int64, device=device)
+        return cls(
+            row_Q=none_Q,
+            cluster_Q=none_Q,
+            count_Q=none_Q,
+            shard=shard,
+            num_classes=num_classes,
+            num_clusters=num_clusters,
+        )
+
     def by_row(self, values_Q: Tensor) -> Tensor:
         """Sum of the values over each class: (R,)."""
         return values_Q.new_zeros(self.shard.size).index_add_(0, self.row_Q, values_Q)
@@ -83,15 +98,19 @@ class CountTable:
 
 
 def find_suspects(table: CountTable, class_P: Tensor, cluster_P: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The noise gate: samples that look mislabelled, bool (P,). One all-reduce.
+    """The noise gate: samples that look mislabelled, bool (P,). One all-reduce."""
+    dominant_K, _ = table.best_class(torch.ones_like(table.row_Q, dtype=torch.bool), group)
+    return suspects_of(table, dominant_K, class_P, cluster_P)
+
+
+def suspects_of(table: CountTable, dominant_K: Tensor, class_P: Tensor, cluster_P: Tensor) -> Tensor:
+    """The gate's rule, bool (P,), from the class that dominates each cluster (int64 (K,)). No collective.
 
     A sample is suspect when another class dominates its cluster while its own class dominates its own modal
     cluster: then the class has a place of its own, and the sample lies in another's. (It is then outside the
     modal cluster by itself.) A class whose samples are merely scattered dominates clusters and has no suspects.
     """
-    every_Q = torch.ones_like(table.row_Q, dtype=torch.bool)
-    dominant_K, _ = table.best_class(every_Q, group)
-    modal_R = table.best_cluster(every_Q)
+    modal_R = table.best_cluster(torch.ones_like(table.row_Q, dtype=torch.bool))
     class_R = torch.arange(table.shard.start, table.shard.stop, device=modal_R.device)
     settled_R = (modal_R >= 0) & (dominant_K[modal_R.clamp_min(0)] == class_R)
     elsewhere_P = (cluster_P >= 0) & (dominant_K[cluster_P.clamp_min(0)] != class_P)
@@ -112,43 +131,65 @@ def agreement(table: CountTable, size_K: Tensor) -> Tensor:
     return 2 * p_R * r_R / (p_R + r_R).clamp_min(torch.finfo(torch.float64).tiny)
 
 
+def of_all_classes(rows_VR: Tensor, shard: Shard, num_classes: int, group: dist.ProcessGroup) -> Tensor:
+    """Numbers of this rank's classes, float64 (V, R), as those of all, (V, C), on every rank. One all-reduce."""
+    rows_VC = rows_VR.new_zeros(len(rows_VR), num_classes)
+    rows_VC[:, shard.start : shard.stop] = rows_VR
+    return all_reduce_(rows_VC, group)
+
+
+class Cohesion:
+    """Sums over the samples of each class, taken in by and by, from which its mean cosine follows. No collective."""
+
+    def __init__(self, num_rows: int, x_PD: Tensor) -> None:
+        """num_rows: R. x_PD: the samples' unit embeddings, float; sums are float32, of float64 rows float64."""
+        self._x_PD = x_PD
+        dtype = torch.promote_types(x_PD.dtype, torch.float32)
+        self.sums_RD = torch.zeros(num_rows, x_PD.shape[1], dtype=dtype, device=x_PD.device)
+        self._squares_R = torch.zeros(num_rows, dtype=torch.float64, device=x_PD.device)
+        self._n_R = torch.zeros(num_rows, dtype=torch.float64, device=x_PD.device)
+
+    def add(self, row_P: Tensor, counted_P: Tensor, part: slice) -> None:
+        """Take in the counted samples of `part` of the points. row_P: int64, class minus the shard's first."""
+        for point_q in (counted_P[part].nonzero()[:, 0] + (part.start or 0)).split(65536):
+            add_rows_(self.sums_RD, row_P[point_q], self._x_PD, point_q)
+            self._squares_R.index_add_(0, row_P[point_q], self._x_PD[point_q].double().square().sum(1))
+            self._n_R.index_add_(0, row_P[point_q], torch.ones_like(point_q, dtype=torch.float64))
+
+    def rho(self) -> Tensor:
+        """The mean cosine over the pairs of distinct samples, float64 (R,); 0 below two samples.
+
+        rho = (|sum z|^2 - sum |z|^2) / (N (N - 1)). Rows are unit up to the bank's rounding, which sum |z|^2 in
+        place of N takes out.
+        """
+        pairs_R = self._n_R * (self._n_R - 1)
+        rho_R = (self.sums_RD.double().square().sum(1) - self._squares_R) / pairs_R.clamp_min(1)
+        return torch.where(pairs_R > 0, rho_R, 0.0)
+
+
 def cohesion(x_PD: Tensor, row_P: Tensor, counted_P: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """rho_y, the mean cosine over the pairs of distinct samples of a class, float64 (R,), and sum z, (R, D).
-
-    rho = (|sum z|^2 - sum |z|^2) / (N (N - 1)): exact for any N >= 2, 0 below. Rows are unit up to the bank's
-    rounding, which sum |z|^2 in place of N takes out. row_P: class minus the shard's first. No collective.
-    """
-    dtype = torch.promote_types(x_PD.dtype, torch.float32)
-    sums_RD = torch.zeros(num_rows, x_PD.shape[1], dtype=dtype, device=x_PD.device)
-    squares_R = torch.zeros(num_rows, dtype=torch.float64, device=x_PD.device)
-    n_R = torch.zeros(num_rows, dtype=torch.float64, device=x_PD.device)
-    for point_q in counted_P.nonzero()[:, 0].split(65536):
-        add_rows_(sums_RD, row_P[point_q], x_PD, point_q)
-        squares_R.index_add_(0, row_P[point_q], x_PD[point_q].double().square().sum(1))
-        n_R.index_add_(0, row_P[point_q], torch.ones_like(point_q, dtype=torch.float64))
-    pairs_R = n_R * (n_R - 1)
-    rho_R = (sums_RD.double().square().sum(1) - squares_R) / pairs_R.clamp_min(1)
-    return torch.where(pairs_R > 0, rho_R, 0.0), sums_RD
+    """rho_y, float64 (R,), and sum z, (R, D), of all counted samples at once (`Cohesion`). No collective."""
+    sums = Cohesion(num_rows, x_PD)
+    sums.add(row_P, counted_P, slice(0, len(row_P)))
+    return sums.rho(), sums.sums_RD
 
 
-def weighted_mean(values_R: Tensor, weight_R: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Mean over the classes of all ranks, float64 scalar; 0 when all weights are. One all-reduce."""
-    sums = torch.stack([(values_R * weight_R).sum(), weight_R.sum()])
-    total, weight = all_reduce_(sums, group)
-    return torch.where(weight > 0, total / weight.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
+def weighted_mean(values_C: Tensor, weight_C: Tensor) -> Tensor:
+    """Mean over all classes, a float64 scalar; 0 when all weights are. No collective."""
+    weight = weight_C.sum()
+    return torch.where(weight > 0, (values_C * weight_C).sum() / weight.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
 
-def hard_level(
-    f_R: Tensor, rho_R: Tensor, n_R: Tensor, *, purity_weight: float, shrinkage: float, group: dist.ProcessGroup
-) -> Tensor:
-    """h in [0, 1], float64 (R,): purity_weight (1 - F) + (1 - purity_weight) (1 - clip(rho, 0, 1)), shrunk.
+def hard_level(f_C: Tensor, rho_C: Tensor, n_C: Tensor, *, purity_weight: float, shrinkage: float) -> Tensor:
+    """h in [0, 1], float64 (C,): purity_weight (1 - F) + (1 - purity_weight) (1 - clip(rho, 0, 1)), shrunk.
 
     h = (N h_raw + a mean) / (N + a): a class of few samples says little about itself. The mean is over all
-    classes with pairs, each weighing its samples; a class without pairs takes it. One all-reduce.
+    classes with pairs, each weighing its samples; a class without pairs takes it. f_C, rho_C: float64, n_C any
+    number type, of all classes. No collective.
     """
-    raw_R = purity_weight * (1 - f_R) + (1 - purity_weight) * (1 - rho_R.clamp(0, 1))
-    n_R = n_R.double()
-    paired_R = n_R >= 2
-    mean = weighted_mean(raw_R, torch.where(paired_R, n_R, 0.0), group)
-    shrunk_R = (n_R * raw_R + shrinkage * mean) / (n_R + shrinkage).clamp_min(1)
-    return torch.where(paired_R, shrunk_R, mean).clamp(0, 1)
+    raw_C = purity_weight * (1 - f_C) + (1 - purity_weight) * (1 - rho_C.clamp(0, 1))
+    n_C = n_C.double()
+    paired_C = n_C >= 2
+    mean = weighted_mean(raw_C, torch.where(paired_C, n_C, 0.0))
+    shrunk_C = (n_C * raw_C + shrinkage * mean) / (n_C + shrinkage).clamp_min(1)
+    return torch.where(paired_C, shrunk_C, mean).clamp(0, 1)

@@ -22,7 +22,7 @@ Ours, where theirs has no value:
 Kept as theirs though biased: of few samples, r and with it kappa comes out too large (of two orthogonal ones r is
 0.71), so that small classes get a smaller w_k than large ones as scattered.
 
-Legend: R classes of this rank, D embedding size.
+Legend: C classes, all of them, D embedding size.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-
-from partial_fc.collectives import all_reduce_
 
 _TEMPERATURE = 0.4
 _CONCENTRATION_SHARE = 0.7
@@ -42,33 +39,30 @@ _EQUAL = 1e-6  # a deviation below this share of the mean is rounding
 
 
 @torch.no_grad()
-def kappaface_margins(rho_R: Tensor, n_R: Tensor, *, dim: int, margin: float, group: dist.ProcessGroup) -> Tensor:
-    """Margin of each class, float64 (R,), in [0, margin]. Their mean is not `margin`: it depends on the data.
+def kappaface_margins(rho_C: Tensor, n_C: Tensor, *, dim: int, margin: float) -> Tensor:
+    """Margin of each class, float64 (C,), in [0, margin]. Their mean is not `margin`: it depends on the data.
 
-    rho_R: float64, mean cosine over the pairs of distinct samples of a class (any finite one for fewer than two). n_R:
-    float64, its counted samples. dim: D. Three all-reduces of one or two numbers.
+    rho_C: float64, mean cosine over the pairs of distinct samples of a class (any finite one for fewer than two). n_C:
+    float64, its counted samples. dim: D. No collective.
     """
-    counted_R = n_R > 0
-    r2_R = ((1 + (n_R - 1) * rho_R) / n_R.clamp_min(1)).clamp(0, 1)
-    resolved_R = counted_R & (1 - r2_R > _UNRESOLVED)
-    kappa_R = r2_R.sqrt() * (dim - r2_R) / (1 - r2_R).clamp_min(_UNRESOLVED)
-    largest = torch.stack([_largest(torch.where(resolved_R, kappa_R, 0.0)), _largest(n_R)])
-    largest_kappa, largest_n = all_reduce_(largest, group, dist.ReduceOp.MAX)
-    kappa_R = torch.where(resolved_R, kappa_R, largest_kappa)
+    counted_C = n_C > 0
+    r2_C = ((1 + (n_C - 1) * rho_C) / n_C.clamp_min(1)).clamp(0, 1)
+    resolved_C = counted_C & (1 - r2_C > _UNRESOLVED)
+    kappa_C = r2_C.sqrt() * (dim - r2_C) / (1 - r2_C).clamp_min(_UNRESOLVED)
+    kappa_C = torch.where(resolved_C, kappa_C, _largest(torch.where(resolved_C, kappa_C, 0.0)))
 
-    total, classes = all_reduce_(torch.stack([kappa_R[counted_R].sum(), counted_R.double().sum()]), group)
-    mean = total / classes.clamp_min(1)
-    squares = all_reduce_((kappa_R[counted_R] - mean).square().sum(), group)
-    deviation = (squares / classes.clamp_min(1)).sqrt()
+    classes = counted_C.double().sum().clamp_min(1)
+    mean = kappa_C[counted_C].sum() / classes
+    deviation = ((kappa_C[counted_C] - mean).square().sum() / classes).sqrt()
     even = deviation <= _EQUAL * mean
-    standard_R = torch.where(even, 0.0, (kappa_R - mean) / torch.where(even, 1.0, deviation))
+    standard_C = torch.where(even, 0.0, (kappa_C - mean) / torch.where(even, 1.0, deviation))
 
-    concentration_R = 1 - torch.sigmoid(_TEMPERATURE * standard_R)
-    population_R = (torch.cos(math.pi * n_R / largest_n.clamp_min(1)) + 1) / 2
-    share_R = _CONCENTRATION_SHARE * concentration_R + (1 - _CONCENTRATION_SHARE) * population_R
-    return torch.where(counted_R, margin * share_R, margin)
+    concentration_C = 1 - torch.sigmoid(_TEMPERATURE * standard_C)
+    population_C = (torch.cos(math.pi * n_C / _largest(n_C).clamp_min(1)) + 1) / 2
+    share_C = _CONCENTRATION_SHARE * concentration_C + (1 - _CONCENTRATION_SHARE) * population_C
+    return torch.where(counted_C, margin * share_C, margin)
 
 
-def _largest(values_R: Tensor) -> Tensor:
+def _largest(values_C: Tensor) -> Tensor:
     """Largest value, at least 0; of none, 0."""
-    return torch.cat([values_R, values_R.new_zeros(1)]).max()
+    return torch.cat([values_C, values_C.new_zeros(1)]).max()

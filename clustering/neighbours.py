@@ -23,29 +23,50 @@ _BLOCK = 1024  # rows of a tile
 _TILE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 23}  # cosines of a tile; as levels and keys they take some 30 bytes each
 
 
-@torch.no_grad()
-def nearest_classes(anchor_RD: Tensor, num_classes: int, count: int, group: dist.ProcessGroup) -> Tensor:
-    """The `count` other classes of largest cosine to each class, the nearest first: int32 (C, count), on every rank.
+class NearestClasses:
+    """The `count` other classes of largest cosine to each class, found shard by shard of the classes.
 
-    anchor_RD: float32 or float64 unit rows of this rank's classes. A zero row is a class that was never seen: it has
-    no neighbours and is nobody's. -1 where a class has fewer than `count`. Cosines are compared on k-means's grid
-    (`fit_level`), ties go to the smaller class, so that rounding, and with it the number of ranks, seldom chooses.
-
+    A zero row is a class that was never seen: it has no neighbours and is nobody's. Cosines are compared on k-means's
+    grid (`fit_level`), ties go to the smaller class, so that rounding, and with it the number of ranks, seldom chooses.
     It takes C^2 D multiplications over all ranks, a share C / (samples x iterations) of those of the refresh itself;
-    (C, C) is never kept. Collectives: one broadcast a rank, one all-reduce of the table; none for `count` 0.
+    (C, C) is never kept. No method runs a collective.
     """
-    if count == 0:
-        return torch.empty(num_classes, 0, dtype=torch.int32, device=anchor_RD.device)
-    rank, shards = dist.get_rank(group), all_shards(dist.get_world_size(group), num_classes)
-    own = shards[rank]
-    key_Rk = torch.full((own.size, count), -1, dtype=torch.int64, device=anchor_RD.device)
+
+    def __init__(self, *, num_rows: int, first_class: int, num_classes: int, count: int, device: torch.device) -> None:
+        """num_rows: R. first_class: the first of this rank's. count: k, may be 0."""
+        self._first, self._num_classes = first_class, num_classes
+        self._key_Rk = torch.full((num_rows, count), -1, dtype=torch.int64, device=device)
+        self._table_Ck = torch.zeros(num_classes, count, dtype=torch.int32, device=device)
+
+    @torch.no_grad()
+    def compare(self, anchor_RD: Tensor, rows: slice, shown_SD: Tensor, first_column: int) -> None:
+        """Take the classes of one shard into the nearest of `rows`. Anchors: float32 or float64 unit rows."""
+        key_bk, x_bD = self._key_Rk[rows], anchor_RD[rows]
+        if key_bk.numel() and len(shown_SD):
+            _take_nearer_(key_bk, x_bD, self._first + (rows.start or 0), shown_SD, first_column, self._num_classes)
+
+    def table(self) -> Tensor:
+        """This rank's rows, the nearest first, -1 for none, and zeros elsewhere: int32 (C, k), to be summed."""
+        key_Rk = self._key_Rk
+        nearest_Rk = torch.where(key_Rk >= 0, self._num_classes - 1 - key_Rk % self._num_classes, -1)
+        self._table_Ck[self._first : self._first + len(key_Rk)] = nearest_Rk.int()
+        return self._table_Ck
+
+
+def nearest_classes(anchor_RD: Tensor, num_classes: int, count: int, group: dist.ProcessGroup) -> Tensor:
+    """`NearestClasses` at once: int32 (C, count), on every rank; -1 where a class has fewer than `count`.
+
+    anchor_RD: float32 or float64 unit rows of this rank's classes. Collectives: one broadcast a rank, one all-reduce of
+    the table.
+    """
+    shards = all_shards(dist.get_world_size(group), num_classes)
+    own = shards[dist.get_rank(group)]
+    nearest = NearestClasses(
+        num_rows=own.size, first_class=own.start, num_classes=num_classes, count=count, device=anchor_RD.device
+    )
     for source, shard in enumerate(shards):
-        shown_SD = show_rows(anchor_RD, shard, source, group)
-        if shard.size:
-            _take_nearer_(key_Rk, anchor_RD, own.start, shown_SD, shard.start, num_classes)
-    table_Ck = torch.zeros(num_classes, count, dtype=torch.int32, device=anchor_RD.device)
-    table_Ck[own.start : own.stop] = torch.where(key_Rk >= 0, num_classes - 1 - key_Rk % num_classes, -1).int()
-    return all_reduce_(table_Ck, group)
+        nearest.compare(anchor_RD, slice(0, own.size), show_rows(anchor_RD, shard, source, group), shard.start)
+    return all_reduce_(nearest.table(), group)
 
 
 def _take_nearer_(

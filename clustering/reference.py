@@ -68,9 +68,10 @@ def dense_hard_level(f_C: Tensor, rho_C: Tensor, n_C: Tensor, purity_weight: flo
 
 
 def dense_margins(
-    hard_C: Tensor, n_C: Tensor, *, margin: float, low: float, high: float, delta: float, direction: int
+    hard_C: Tensor, n_C: Tensor, suspects: int, *, margin: float, low: float, high: float, delta: float, direction: int
 ) -> Tensor:
-    """clip(m0 + t + b, low, high), b such that the mean weighted by n_C is m0. float64 (C,)."""
+    """clip(m0 + t + b, low, high), b such that the mean over rows is m0: n_C of each class, and the suspects, whose
+    margin is the smallest. float64 (C,)."""
     weight_C = n_C / n_C.sum()
     mean = (weight_C * hard_C).sum()
     sigma = (weight_C * (hard_C - mean) ** 2).sum().sqrt()
@@ -78,7 +79,8 @@ def dense_margins(
     below, above = low - margin - delta, high - margin + delta
     for _ in range(100):
         b = (below + above) / 2
-        if (weight_C * ((margin + t_C + b).clamp(low, high) - margin)).sum() < 0:
+        above_C = (margin + t_C + b).clamp(low, high) - margin
+        if (n_C * above_C).sum() + suspects * above_C.min() < 0:
             below = b
         else:
             above = b

@@ -17,7 +17,7 @@ class RefreshSchedule:
     interval: int
     """Steps between the starts of two refreshes."""
     span: int
-    """Steps over which one refresh is spread; at most `interval`."""
+    """Steps over which one refresh is spread, unless a limit on its time asks for more; at most `interval`."""
     warmup: float
     ramp_steps: float
 
@@ -38,17 +38,18 @@ class RefreshSchedule:
         due = done >= self.first and (done - self.first) % self.interval == 0
         return due and done + self.span < self.total_steps
 
-    def slices_until(self, steps: int, length: int) -> int:
-        """Slices of a refresh of `length` that are to be done `steps` steps after it began: even, all at `span`."""
-        return -(-length * min(steps, self.span) // self.span)
+    def longest(self, done: int) -> int:
+        """Steps over which a refresh that begins when `done` steps are finished can be spread, at the most."""
+        return min(self.interval, self.total_steps - done - 1)
 
-    def ramp(self, step: int) -> float:
+    def ramp(self, step: int, published: int | None = None) -> float:
         """0 … 1: weight of the cluster terms in step `step` (from 0).
 
         Linear growth over `ramp_steps` from the end of the warm-up, or from the first publication when that comes
-        later; all at once when ramp_steps is 0.
+        later; all at once when ramp_steps is 0. published: steps that were finished then, those that the schedule
+        means unless given.
         """
-        begin = max(self.warmup, self.first + self.span)
+        begin = max(self.warmup, self.first + self.span if published is None else published)
         if step < begin:
             return 0.0
         return min(1.0, (step - begin) / self.ramp_steps) if self.ramp_steps else 1.0

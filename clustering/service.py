@@ -9,7 +9,7 @@ Legend: N rows of the global batch, D embedding size, R classes of this rank, K 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
 from typing import Any
 
 import numpy as np
@@ -20,27 +20,21 @@ from torch import Tensor
 
 from clustering.align import alignment_loss
 from clustering.bank import EmbeddingBank
+from clustering.class_report import ClassReport, easiest_and_hardest
 from clustering.contrastive import Candidates, contrastive_loss
-from clustering.dist_kmeans import KMeansRun
 from clustering.errors import ClusterStateError
-from clustering.hardness import CountTable, find_suspects
+from clustering.guard import Guard, agree
 from clustering.margins import ramped
-from clustering.published import Published, publish
+from clustering.pace import Pace, Plan, Stopwatch
+from clustering.published import Published
+from clustering.refresh import Refresh
 from clustering.schedule import RefreshSchedule
+from clustering.start import read_start
 from configs.schema import ClusteringConfig
-from partial_fc.collectives import GatheredBatch, all_reduce_
+from partial_fc.collectives import GatheredBatch
 from sharding import shard_of
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassReport:
-    """How one class stands."""
-
-    label: int
-    hard_level: float
-    margin: float
-    samples: int
-    """Samples that k-means has seen, suspects left out."""
+_LOG = logging.getLogger(__name__)
 
 
 class ClusterService:
@@ -60,12 +54,14 @@ class ClusterService:
         steps_per_epoch: int,
         bank_dtype: torch.dtype = torch.bfloat16,
         product_dtype: torch.dtype = torch.float32,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         """labels: class of every training sample, the same on all ranks. dim: D. margin: m0, the head's.
 
         bank_dtype: of the stored embeddings. product_dtype: operands of the contrastive loss's matrix products.
-        Raises ValueError when labels are not in [0, num_classes) or the margin is outside the config's bounds
-        (KappaFace's margins have none).
+        stopwatch: measures slices; needed with `step_budget`. Raises ValueError when labels are not in
+        [0, num_classes), when the margin is outside the config's bounds (KappaFace's margins have none), or without a
+        stopwatch that is needed; ConfigError when `start` is not an assignment of these samples.
         """
         if config.margin_rule != "kappaface" and not config.margin_low <= margin <= config.margin_high:
             raise ValueError(
@@ -82,8 +78,13 @@ class ClusterService:
         self.clusters = shard_of(dist.get_rank(group), dist.get_world_size(group), self.num_clusters)
         self.schedule = RefreshSchedule.of(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         self.margins_C = torch.full((self.classes.size,), margin, device=device)
-        self._run: KMeansRun | None = None
-        self._run_began = 0
+        self.failed_refreshes = 0
+        self._refresh: Refresh | None = None
+        self._pace = Pace(config.step_budget, stopwatch)
+        self._first_published: int | None = None
+        self._start_I = None
+        if config.start:
+            self._start_I = read_start(config.start, num_samples=len(labels), num_clusters=self.num_clusters)
         self._candidates: Candidates | None = None
         self._published: Published | None = None
         self._done = 0
@@ -104,7 +105,7 @@ class ClusterService:
 
     def ramp(self, step: int) -> float:
         """Weight of the cluster terms in this step, 0 … 1; 0 before the first publication."""
-        return self.schedule.ramp(step) if self._published is not None else 0.0
+        return self.schedule.ramp(step, self._first_published) if self._published is not None else 0.0
 
     def row_margins(self, batch: GatheredBatch) -> Tensor:
         """Margin of each row, float32 (N,), as the head takes it: read on the rank that owns the row's class.
@@ -162,49 +163,75 @@ class ClusterService:
     def advance(self, step: int) -> None:
         """Work due after optimizer step `step` (from 0): slices of a refresh, its publication, the next one's start.
 
-        Collectives: those of the slices (`KMeansRun.advance`), at its end those of `publish`; none otherwise.
-        Raises ClusterStateError when ranks hold different versions at a publication.
+        A refresh that fails on any rank is dropped on all: the version in use stays, the next refresh starts at its
+        time. Collectives: those of the slices (`Refresh.advance`), one or two all-reduces at its start and one at its
+        end (one more of what failed); none otherwise. Raises ClusterStateError when ranks hold different versions.
         """
         self._done = step + 1
-        if self._run is not None:
-            until = self.schedule.slices_until(self._done - self._run_began, self._run.length)
-            while self._run.done < until:
-                self._run.advance()
-            if self._run.done == self._run.length:
-                self._adopt(self._publish(self._run))
-                self._run = None
+        self._pace.step()
+        if self._refresh is not None:
+            due = self._refresh.due(self._done) - self._refresh.done
+            with self._pace.slices(due):
+                for _ in range(due):
+                    self._refresh.advance()
+            if self._refresh.done == self._refresh.length:
+                self._conclude(self._refresh)
         if self.schedule.starts_after(self._done):
-            self._run, self._run_began = self._new_run(from_class_means=self._published is None), self._done
+            self._begin()
         self._set_margins()
 
-    def _new_run(self, *, from_class_means: bool) -> KMeansRun:
-        start_SD = None if from_class_means or self._published is None else self._published.c_SD
-        return KMeansRun(
-            points=self.bank.points(),
-            centres_SD=start_SD,
-            num_clusters=self.num_clusters,
-            num_classes=self.num_classes,
-            iterations=self.config.iterations,
-            block=self.config.block,
-            gate=self._gate if self.config.noise_gate else None,
-            group=self.group,
-        )
+    def _begin(self) -> None:
+        guard = Guard()
+        refresh = guard.run("start", self._new_refresh, None)
+        if self._all_well(guard.failure) and refresh is not None:
+            wanted = Plan(steps=self.schedule.span, iterations=self.config.iterations)
+            plan = self._pace.plan(
+                wanted,
+                longest=self.schedule.longest(self._done),
+                fixed=refresh.fixed_slices,
+                per_iteration=refresh.run.slices_of_an_iteration,
+                group=self.group,
+                device=self.device,
+            )
+            refresh.take_plan(plan)
+            self._refresh = refresh
 
-    def _gate(self, cluster_P: Tensor) -> Tensor:
-        class_P, assigned_P = self.bank.class_P, cluster_P >= 0
-        table = CountTable.count(class_P, cluster_P, assigned_P, self.classes, self.num_classes, self.num_clusters)
-        return assigned_P & ~find_suspects(table, class_P, cluster_P, self.group)
-
-    def _publish(self, run: KMeansRun) -> Published:
-        return publish(
-            run,
-            self.bank,
-            self._published,
+    def _new_refresh(self) -> Refresh:
+        start_P = None
+        if self._start_I is not None and self._published is None:
+            start_P = torch.from_numpy(self._start_I[self.bank.sample_P.cpu().numpy()].astype(np.int64)).to(self.device)
+        return Refresh(
+            bank=self.bank,
+            previous=self._published,
+            start_P=start_P,
             config=self.config,
             margin=self.margin,
             num_classes=self.num_classes,
+            num_clusters=self.num_clusters,
+            began=self._done,
+            steps=self.schedule.span,
             group=self.group,
         )
+
+    def _conclude(self, refresh: Refresh) -> None:
+        self._refresh = None
+        if self._all_well(refresh.guard.failure) and refresh.published is not None:
+            self._adopt(refresh.published)
+            if self._first_published is None:
+                self._first_published = self._done
+
+    def _all_well(self, failure: str) -> bool:
+        """Whether nothing failed on any rank; else count and log it, on all ranks alike."""
+        failed = agree(self.version + 1, failure, self.group, self.device)
+        if failed:
+            self.failed_refreshes += 1
+            if dist.get_rank(self.group) == 0:
+                stays = f"version {self.version} of the clusters stays" if self.version else "training stays plain"
+                _LOG.warning(
+                    "a refresh of the clusters failed after %d steps (%s): %s; the next one starts at its time",
+                    self._done, failed, stays,
+                )  # fmt: skip
+        return not failed
 
     def _adopt(self, published: Published) -> None:
         self._published = published
@@ -218,32 +245,23 @@ class ClusterService:
 
     def statistics(self, step: int) -> dict[str, float]:
         """Scalars for the log after `step` finished steps, the same on all ranks. No collective."""
-        values = {"clusters/version": float(self.version), "clusters/ramp": self.ramp(step)}
+        values = {
+            "clusters/version": float(self.version),
+            "clusters/ramp": self.ramp(step),
+            "clusters/failed_refreshes": float(self.failed_refreshes),
+        }
+        if self._refresh is not None and self._pace.limited:
+            values["clusters/refresh_steps"] = float(self._refresh.plan.steps)
+            values["clusters/refresh_iterations"] = float(self._refresh.plan.iterations)
         if self._published is not None:
             values |= {f"clusters/{name}": value for name, value in self._published.statistics.items()}
         return values
 
     def easiest_and_hardest(self, count: int) -> list[ClassReport] | None:
-        """The `count` classes of smallest and the `count` of largest hard level, ascending, each class once.
-
-        Over all ranks; classes without samples are left out; None before the first publication. One all-reduce.
-        """
+        """As `clustering.class_report` has it; None before the first publication. One all-reduce after it."""
         if self._published is None:
             return None
-        p = self._published
-        order_R = p.hard_R.argsort(stable=True)
-        order_R = order_R[p.samples_R[order_R] > 0]
-        if len(order_R) > 2 * count:
-            order_R = torch.cat([order_R[:count], order_R[len(order_R) - count :]])
-        fields = (order_R + self.classes.start, p.hard_R[order_R], self.margins_C[order_R], p.samples_R[order_R])
-        world_size = dist.get_world_size(self.group)
-        table = torch.zeros(world_size, 2 * count, len(fields), dtype=torch.float64, device=self.device)
-        table[dist.get_rank(self.group), : len(order_R)] = torch.stack([values.double() for values in fields], dim=1)
-        rows = [row for row in all_reduce_(table, self.group).flatten(0, 1).tolist() if row[3] > 0]
-        rows.sort(key=lambda row: (row[1], row[0]))
-        if len(rows) > 2 * count:
-            rows = rows[:count] + rows[-count:]
-        return [ClassReport(label=int(y), hard_level=h, margin=m, samples=int(n)) for y, h, m, n in rows]
+        return easiest_and_hardest(self._published, self.margins_C, self.classes.start, count, self.group)
 
     # ---- saved -------------------------------------------------------------------------------------------------
 
@@ -263,8 +281,10 @@ class ClusterService:
             "done": self._done,
             "bank": self.bank.state_dict(),
             "published": None if self._published is None else self._published.state_dict(),
-            "run": None if self._run is None else self._run.state_dict(),
-            "run_began": self._run_began,
+            "first_published": self._first_published,
+            "failed_refreshes": self.failed_refreshes,
+            "refresh": None if self._refresh is None else self._refresh.state_dict(),
+            "pace": self._pace.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -279,12 +299,14 @@ class ClusterService:
                     "same data, settings and number of ranks"
                 )
         self.bank.load_state_dict(state["bank"])
-        self._done, self._run_began = state["done"], state["run_began"]
-        self._published = self._candidates = self._run = None
+        self._done, self._first_published = state["done"], state["first_published"]
+        self.failed_refreshes = state["failed_refreshes"]
+        self._pace.load_state_dict(state["pace"])
+        self._published = self._candidates = self._refresh = None
         self.margins_C = torch.full_like(self.margins_C, self.margin)
         if state["published"] is not None:
             self._adopt(Published.from_state_dict(state["published"], self.device))
-        if state["run"] is not None:
-            self._run = self._new_run(from_class_means=state["run"]["from_class_means"])
-            self._run.load_state_dict(state["run"])
+        if state["refresh"] is not None:
+            self._refresh = self._new_refresh()
+            self._refresh.load_state_dict(state["refresh"])
         self._set_margins()

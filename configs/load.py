@@ -16,7 +16,7 @@ import yaml
 
 from configs.schema import ConfigError, RunConfig
 
-_PATHS = ("data.path", "train.output", "eval.sets")
+_PATHS = ("data.path", "train.output", "eval.sets", "clustering.start")
 """Settings in which a leading ~ is the home folder."""
 
 

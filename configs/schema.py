@@ -80,6 +80,10 @@ class ClusteringConfig:
     """Share of that interval over which a refresh is spread, slice by slice."""
     block: int = 4096
     """Samples a slice assigns at a time."""
+    step_budget: float = 0.0
+    """Largest share of a training step's time for refreshes, which are spread longer or cut to keep it; 0: no limit."""
+    start: str = ""
+    """.npy with the cluster of each sample, from a stand-alone k-means, to start the first refresh from."""
     centre_momentum: float = 0.9
     """Moving average of the cluster centres between refreshes."""
     hard_level_momentum: float = 0.5
@@ -120,6 +124,7 @@ class ClusteringConfig:
         require(self.refresh_epochs > 0, at + "refresh_epochs", self.refresh_epochs, "more than 0")
         require(0 < self.refresh_span <= 1, at + "refresh_span", self.refresh_span, "0 < span <= 1")
         require(self.block >= 1, at + "block", self.block, "at least 1")
+        require(0 <= self.step_budget < 1, at + "step_budget", self.step_budget, "0 (no limit) to below 1")
         for name in ("centre_momentum", "hard_level_momentum"):
             value = getattr(self, name)
             require(0 <= value < 1, at + name, value, "0 <= momentum < 1")

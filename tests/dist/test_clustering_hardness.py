@@ -15,9 +15,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from clustering.align import match_classes
-from clustering.hardness import CountTable, agreement, cohesion, find_suspects, hard_level
+from clustering.hardness import CountTable, agreement, cohesion, find_suspects, hard_level, of_all_classes
 from clustering.kmeans import class_mean_centres, spherical_kmeans
-from clustering.margins import class_margins, ramped
+from clustering.margins import class_margins, ramped, smallest_margin
 from clustering.reference import (
     dense_agreement,
     dense_cohesion,
@@ -27,7 +27,7 @@ from clustering.reference import (
     dense_suspects,
     greedy_matching,
 )
-from sharding import shard_of
+from sharding import Shard, shard_of
 from tests.dist.clustering_cases import CASES, by_sample, problem, relative
 from tests.ranks import WORLD_SIZES, RankPool
 
@@ -50,8 +50,10 @@ def _pipeline(
     table = CountTable.count(class_P, cluster_P, counted_P, shard, C, K)
     f_R = agreement(table, table.cluster_sizes(group))
     rho_R, sums_RD = cohesion(x_ND[mine], class_P - shard.start, counted_P, shard.size)
-    n_R = table.samples().double()
-    h_R = hard_level(f_R, rho_R, n_R, purity_weight=0.7, shrinkage=5.0, group=group)
+    own = slice(shard.start, shard.stop)
+    numbers_4R = torch.stack([f_R, rho_R, table.samples().double(), _per_class(suspect_P, class_P, shard)])
+    f_C, rho_C, n_C, suspects_C = of_all_classes(numbers_4R, shard, C, group)
+    h_C = hard_level(f_C, rho_C, n_C, purity_weight=0.7, shrinkage=5.0)
     class_K, owner_K = match_classes(table, group)
     t_RK = torch.zeros(shard.size, K, dtype=torch.int64)
     t_RK[table.row_Q, table.cluster_Q] = table.count_Q
@@ -61,11 +63,15 @@ def _pipeline(
         "f": f_R,
         "rho": rho_R,
         "sums": sums_RD,
-        "h": h_R,
-        "m": class_margins(h_R, n_R, **MARGINS, group=group),
+        "h": h_C[own],
+        "m": class_margins(h_C, n_C, suspects=suspects_C.sum(), **MARGINS)[own],
         "class_K": class_K,
         "owner_K": owner_K,
     }
+
+
+def _per_class(taken_P: Tensor, class_P: Tensor, shard: Shard) -> Tensor:
+    return torch.bincount(class_P[taken_P] - shard.start, minlength=shard.size).double()
 
 
 def _clusters(name: str) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -85,7 +91,7 @@ def _dense(x_ND: Tensor, labels_N: Tensor, clusters_N: Tensor, C: int, K: int, g
     f_C, rho_C = dense_agreement(t_CK), dense_cohesion(x_ND[kept_N], labels_N[kept_N], C)
     n_C = t_CK.sum(1)
     h_C = dense_hard_level(f_C, rho_C, n_C, 0.7, 5.0)
-    m_C = dense_margins(h_C, n_C, **MARGINS)
+    m_C = dense_margins(h_C, n_C, int(suspect_N.sum()), **MARGINS)
     return {"t": t_CK, "suspect": suspect_N, "f": f_C, "rho": rho_C, "h": h_C, "m": m_C, "n": n_C}
 
 
@@ -117,7 +123,7 @@ def test_statistics_are_the_same_bits_on_any_number_of_ranks(ranks: RankPool, na
     one = ranks.run(1, _pipeline, *data, True)[0]
     for world_size in (2, 4):
         parts = ranks.run(world_size, _pipeline, *data, True)
-        for key in ("t", "f", "rho", "sums"):
+        for key in ("t", "f", "rho", "sums", "h", "m"):
             assert torch.equal(torch.cat([part[key] for part in parts]), one[key]), key
 
 
@@ -199,41 +205,42 @@ def test_noise_gate_keeps_mislabelled_samples_from_making_classes_look_hard(rank
 # ---- margins ---------------------------------------------------------------------------------------------------
 
 
-def _margins(group: dist.ProcessGroup, h_C: Tensor, n_C: Tensor, wanted: dict[str, Any]) -> Tensor:
-    shard = shard_of(dist.get_rank(group), dist.get_world_size(group), len(h_C))
-    own = slice(shard.start, shard.stop)
-    return class_margins(h_C[own], n_C[own], **{**MARGINS, **wanted}, group=group)
+def _margins(h_C: Tensor, n_C: Tensor, wanted: dict[str, Any]) -> Tensor:
+    return class_margins(h_C, n_C, **{"suspects": 0, **MARGINS, **wanted})
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None)
 @given(
     levels=st.lists(st.floats(0, 1), min_size=2, max_size=30),
     delta=st.floats(0, 0.4),
     direction=st.sampled_from([-1, 0, 1]),
     margin=st.floats(0.35, 0.65),
+    suspects=st.integers(0, 2000),
     seed=st.integers(0, 1000),
 )
 def test_margins_are_monotone_bounded_and_centred(
-    ranks: RankPool, levels: list[float], delta: float, direction: int, margin: float, seed: int
+    levels: list[float], delta: float, direction: int, margin: float, suspects: int, seed: int
 ) -> None:
+    """The mean is that of all rows: suspects get the smallest margin."""
     h_C = torch.tensor(levels, dtype=torch.float64)
     n_C = torch.randint(1, 50, h_C.shape, generator=torch.Generator().manual_seed(seed)).double()
-    wanted = {"delta": delta, "direction": direction, "margin": margin}
-    m_C = torch.cat(ranks.run(2, _margins, h_C, n_C, wanted))
+    m_C = _margins(h_C, n_C, {"delta": delta, "direction": direction, "margin": margin, "suspects": suspects})
     assert ((m_C >= 0.35) & (m_C <= 0.65)).all()
-    assert float((m_C * n_C).sum() / n_C.sum()) == pytest.approx(margin, abs=1e-12)
+    rows = float((m_C * n_C).sum() + suspects * smallest_margin(m_C, margin))
+    assert rows / (float(n_C.sum()) + suspects) == pytest.approx(margin, abs=1e-12)
     steps = m_C[h_C.argsort()].diff()
     assert (direction * steps >= -1e-15).all() if direction else (steps.abs() < 1e-15).all()
 
 
 @pytest.mark.parametrize("margin", [0.5, 0.3, 0.437])
 @pytest.mark.parametrize("wanted", [{"delta": 0.0}, {"direction": 0}, {"equal": True}])
-def test_no_guidance_is_exactly_the_plain_margin(ranks: RankPool, margin: float, wanted: dict[str, Any]) -> None:
-    wanted = {**wanted, "margin": margin, "low": 0.1}
+@pytest.mark.parametrize("suspects", [0, 5, 10**6])
+def test_no_guidance_is_exactly_the_plain_margin(margin: float, wanted: dict[str, Any], suspects: int) -> None:
+    wanted = {**wanted, "margin": margin, "low": 0.1, "suspects": suspects}
     h_C = torch.rand(23, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     if wanted.pop("equal", False):
         h_C[:] = 0.37
-    full_C = torch.cat(ranks.run(2, _margins, h_C, torch.arange(23, dtype=torch.float64), wanted))
+    full_C = _margins(h_C, torch.arange(23, dtype=torch.float64), wanted)
     for ramp in (0.0, 0.3, 1.0):
         assert torch.equal(ramped(full_C, margin, ramp), torch.full((23,), margin))
 
@@ -245,8 +252,8 @@ def test_ramp_goes_from_the_plain_margin_to_the_full_one_and_keeps_the_mean() ->
     assert float(ramped(full_R, 0.5, 0.4).mean()) == pytest.approx(0.5)
 
 
-def test_margins_without_any_sample_are_the_plain_one(ranks: RankPool) -> None:
-    m_C = torch.cat(ranks.run(2, _margins, torch.zeros(5, dtype=torch.float64), torch.zeros(5).double(), {}))
+def test_margins_without_any_sample_are_the_plain_one() -> None:
+    m_C = _margins(torch.zeros(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), {})
     assert torch.equal(m_C, torch.full((5,), 0.5, dtype=torch.float64))
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.published import Published, publish
+from clustering.published import Published
 from clustering.reference import (
     dense_agreement,
     dense_cohesion,
@@ -59,11 +59,11 @@ def test_first_publication_equals_the_dense_method(ranks: RankPool, name: str, w
     code_N = parts[0]["code"].long()
     assert torch.equal(code_N < 0, dense_suspects(labels_N, code_N.abs() - 1, C, K))
     assert (code_N < 0).any()
-    kept_N = code_N > 0
+    kept_N, suspects = code_N > 0, int((code_N < 0).sum())
     t_CK = dense_counts(labels_N[kept_N], code_N[kept_N] - 1, C, K)
     f_C, rho_C = dense_agreement(t_CK), dense_cohesion(x_ND[kept_N], labels_N[kept_N], C)
     h_C = dense_hard_level(f_C, rho_C, t_CK.sum(1), 0.7, 5.0)
-    m_C = dense_margins(h_C, t_CK.sum(1), margin=0.5, low=0.35, high=0.65, delta=0.1, direction=1)
+    m_C = dense_margins(h_C, t_CK.sum(1), suspects, margin=0.5, low=0.35, high=0.65, delta=0.1, direction=1)
     for key, truth in (("f", f_C), ("h", h_C), ("m", m_C)):
         found = torch.cat([part[key] for part in parts]).double()
         assert torch.allclose(found, truth, atol=1e-6 if key == "f" else 1e-9), key
@@ -73,15 +73,23 @@ def _published_without(group: dist.ProcessGroup) -> tuple[list[str], int]:
     """A publication made from the same run twice, the second time with other embeddings of the suspects."""
     service = build(group, NOISY)
     train(service, NOISY, stop=2 * EPOCH)
-    run, previous = service._run, _published(service)
-    assert run is not None
-    while run.advance():
+    refresh = service._refresh
+    assert refresh is not None
+    while refresh.run.advance():
         pass
-    suspect_P = (run.index_P >= 0) & ~run.counted_P
-    wanted: dict[str, Any] = {"config": service.config, "margin": 0.5, "num_classes": 9, "group": group}
-    first = publish(run, service.bank, previous, **wanted).state_dict()
-    run.points.x_PD[suspect_P] = -run.points.x_PD[suspect_P].flip(1)
-    second = publish(run, service.bank, previous, **wanted).state_dict()
+    suspect_P = (refresh.run.index_P >= 0) & ~refresh.run.counted_P
+    state = refresh.state_dict()
+    versions = []
+    for turned in (False, True):
+        again = service._new_refresh()
+        again.load_state_dict(state)
+        if turned:
+            again.points.x_PD[suspect_P] = -again.points.x_PD[suspect_P].flip(1)
+        while again.done < again.length:
+            again.advance()
+        assert again.published is not None
+        versions.append(again.published.state_dict())
+    first, second = versions
     differs = [
         key
         for key, value in first.items()

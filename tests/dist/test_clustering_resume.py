@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.errors import ClusterStateError
-from clustering.published import check_versions
+from clustering.guard import agree
 from clustering.service import ClusterService
 from partial_fc.collectives import GatheredBatch
 from tests.dist.clustering_cases import CASES, CPU, Case
@@ -69,7 +69,7 @@ def _resumed(group: dist.ProcessGroup, stops: list[int]) -> dict[int, list[str]]
     for stop in stops:
         first = trained(group, DRIFTING, stop=stop, **wanted)
         state = _through_a_file(first.state_dict())
-        differs[stop] = [] if (state["run"] is not None) == (stop in {4, 5, 8, 9, 12, 13}) else ["the case"]
+        differs[stop] = [] if (state["refresh"] is not None) == (stop in {4, 5, 8, 9, 12, 13}) else ["the case"]
         second = build(group, DRIFTING, **wanted)
         second.load_state_dict(state)
         differs[stop] += _differences(second.state_dict(), state)
@@ -148,7 +148,7 @@ def test_a_bank_of_other_classes_is_refused(ranks: RankPool) -> None:
 
 def _check(group: dist.ProcessGroup, versions: list[int]) -> str:
     try:
-        check_versions(versions[dist.get_rank(group)], group, CPU)
+        agree(versions[dist.get_rank(group)], "", group, CPU)
     except ClusterStateError as error:
         return str(error)
     return "agreed"

@@ -199,16 +199,16 @@ def _statistics(group: dist.ProcessGroup) -> tuple[dict[str, float], dict[str, f
 
 def test_statistics(ranks: RankPool) -> None:
     before, after = ranks.run(2, _statistics)[0]
-    assert before == {"clusters/version": 0.0, "clusters/ramp": 0.0}
+    assert before == {"clusters/version": 0.0, "clusters/ramp": 0.0, "clusters/failed_refreshes": 0.0}
     shares = {"seen", "suspects", "moved", "purity", "empty", "agreement", "hard_level_mean", "hard_level_deviation"}
-    names = {*shares, "version", "ramp", "margin_mean", "margin_deviation"}
+    names = {*shares, "version", "ramp", "margin_mean", "margin_deviation", "failed_refreshes"}
     assert set(after) == {f"clusters/{name}" for name in names}
     assert all(0 <= after[f"clusters/{name}"] <= 1 for name in shares)
     assert after["clusters/version"] == 3
     assert after["clusters/ramp"] == 1
     assert after["clusters/seen"] == 1
     assert after["clusters/suspects"] > 0.05, "14 of 90 labels are flipped"
-    assert after["clusters/margin_mean"] == pytest.approx(0.5, abs=1e-12)
+    assert after["clusters/margin_mean"] == pytest.approx(0.5, abs=1e-12), "of all rows, suspects among them"
 
 
 def _outside(group: dist.ProcessGroup) -> str:

@@ -1,0 +1,145 @@
+"""One refresh, from a snapshot of the bank to a version that can be published: k-means and publication, in slices.
+
+It works on the embeddings as they were when it began; training goes on writing the bank. What goes wrong on one rank is
+kept by the guard, and told to all at the end (`clustering.guard.agree`).
+
+Legend: P samples of this rank's classes, S clusters of a shard, D embedding size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clustering.bank import EmbeddingBank
+from clustering.dist_kmeans import KMeansRun
+from clustering.guard import Guard
+from clustering.hardness import CountTable, suspects_of
+from clustering.pace import Plan
+from clustering.publication import Publication
+from clustering.published import Published
+from configs.schema import ClusteringConfig
+
+
+class Refresh:
+    """`advance()` does one slice. The number of slices is known beforehand, and the same on every rank."""
+
+    def __init__(
+        self,
+        *,
+        bank: EmbeddingBank,
+        previous: Published | None,
+        start_P: Tensor | None,
+        config: ClusteringConfig,
+        margin: float,
+        num_classes: int,
+        num_clusters: int,
+        began: int,
+        steps: int,
+        group: dist.ProcessGroup,
+    ) -> None:
+        """previous: the version in use, from whose centres k-means starts; without one from means of the classes, or
+        of the clusters start_P (int64 (P,), -1 for none). began: steps that training had finished. steps: over how
+        many more this is spread. No collective. Makes all buffers of size, so memory that lacks shows here.
+        """
+        self.began, self.plan = began, Plan(steps=steps, iterations=config.iterations)
+        self.guard = Guard()
+        self.done = 0
+        self._bank, self._group = bank, group
+        self._num_classes, self._num_clusters = num_classes, num_clusters
+        self.points = bank.snapshot()
+        self.run = KMeansRun(
+            points=self.points,
+            centres_SD=None if previous is None else previous.c_SD,
+            num_clusters=num_clusters,
+            num_classes=num_classes,
+            iterations=config.iterations,
+            block=config.block,
+            gate=self._gate if config.noise_gate else None,
+            group=group,
+            start_P=start_P,
+            guard=self.guard,
+        )
+        self._publication = Publication(
+            self.run,
+            bank,
+            previous,
+            config=config,
+            margin=margin,
+            num_classes=num_classes,
+            group=group,
+            guard=self.guard,
+        )
+
+    def _gate(self, cluster_P: Tensor) -> Tensor:
+        """Points that have a cluster and are not suspect, bool (P,). One all-reduce."""
+        bank = self._bank
+        assigned_P = cluster_P >= 0
+        sizes = (bank.shard, self._num_classes, self._num_clusters)
+        table = self.guard.run(
+            "gate",
+            lambda: CountTable.count(bank.class_P, cluster_P, assigned_P, *sizes),
+            CountTable.empty(*sizes, cluster_P.device),
+        )
+        dominant_K, _ = table.best_class(torch.ones_like(table.row_Q, dtype=torch.bool), self._group)
+        return self.guard.run(
+            "gate",
+            lambda: assigned_P & ~suspects_of(table, dominant_K, bank.class_P, cluster_P),
+            torch.zeros_like(assigned_P),
+        )
+
+    @property
+    def fixed_slices(self) -> int:
+        """Slices outside of the iterations."""
+        return self.length - self.plan.iterations * self.run.slices_of_an_iteration
+
+    @property
+    def length(self) -> int:
+        return self.run.length + self._publication.length
+
+    def take_plan(self, plan: Plan) -> None:
+        """Before the first slice."""
+        self.plan = plan
+        self.run.limit(plan.iterations)
+
+    def due(self, done: int) -> int:
+        """Slices that are to be done when training has finished `done` steps."""
+        return self.plan.slices_due(done - self.began, self.length)
+
+    def advance(self) -> None:
+        """The next slice. Collectives: those of `KMeansRun.advance` or `Publication.advance`."""
+        if self.run.done < self.run.length:
+            self.run.advance()
+        else:
+            # More than one where a resumed refresh does again what was done.
+            while self._publication.done <= self.done - self.run.length:
+                self._publication.advance()
+        self.done += 1
+
+    @property
+    def published(self) -> Published | None:
+        """The new version, after the last slice; None when something failed here."""
+        return self._publication.published
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors are the refresh's own, not copies. What the publication has is made anew."""
+        return {
+            "began": self.began,
+            "steps": self.plan.steps,
+            "iterations": self.plan.iterations,
+            "done": self.done,
+            "failure": self.guard.failure,
+            "x": self.points.x_PD,
+            "run": self.run.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a refresh of the same construction at the slice where it was saved. No collective."""
+        self.began, self.done = state["began"], state["done"]
+        self.guard.failure = state["failure"]
+        self.take_plan(Plan(steps=state["steps"], iterations=state["iterations"]))
+        self.points.x_PD.copy_(state["x"])
+        self.run.load_state_dict(state["run"])
