@@ -5,18 +5,33 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from configs.schema import ClusteringConfig
 from partial_fc.collectives import all_reduce_
 from training.distributed import Ranks
 from training.step import StepValues
 from training.timing import Stopwatch
 
 _NAMES = ("loss/total", "loss/margin", "loss/contrastive", "loss/alignment", "optim/gradient_norm")
+
+
+_MUCH = 0.1  # share of a step's time
+
+
+def cluster_advice(values: Mapping[str, float], config: ClusteringConfig) -> str:
+    """What to say of the scalars of a line when clusters took much of the time that nothing limits; else nothing."""
+    share = values["time/cluster_ms"] / values["time/step_ms"]
+    if share <= _MUCH or config.step_budget:
+        return ""
+    return (
+        f"clusters took {share:.0%} of the steps' time since the last line; --set clustering.step_budget=0.05 would "
+        "spread their refreshes"
+    )
 
 
 class Meter:
@@ -58,18 +73,18 @@ class Meter:
         """Rows without a label since the epoch began: a float64 scalar on the device, equal on all ranks."""
         return self._unusable
 
-    def take(self, head_time: Stopwatch, global_batch: int) -> dict[str, float]:
+    def take(self, head_time: Stopwatch, cluster_time: Stopwatch, global_batch: int) -> dict[str, float]:
         """Scalars by their TensorBoard names, means over the steps since the last call; then start again.
 
         Times are those of the slowest rank. One all-reduce; waits for the GPU.
         """
         means = (self._sums / self._steps).tolist()
         seconds = torch.tensor(
-            [time.perf_counter() - self._since, self.data_wait.take(), head_time.take()],
+            [time.perf_counter() - self._since, self.data_wait.take(), head_time.take(), cluster_time.take()],
             dtype=torch.float64,
             device=self._ranks.device,
         )
-        elapsed, wait, head = all_reduce_(seconds, self._ranks.group, dist.ReduceOp.MAX).tolist()
+        elapsed, wait, head, cluster = all_reduce_(seconds, self._ranks.group, dist.ReduceOp.MAX).tolist()
         rate = global_batch * self._steps / elapsed
         values = dict(zip(_NAMES, means, strict=True))
         values |= {
@@ -78,6 +93,7 @@ class Meter:
             "time/step_ms": 1000 * elapsed / self._steps,
             "time/data_wait_ms": 1000 * wait / self._steps,
             "time/head_ms": 1000 * head / self._steps,
+            "time/cluster_ms": 1000 * cluster / self._steps,
             "data/images_that_did_not_decode": self._unusable.item(),
         }
         self._sums.zero_()

@@ -57,7 +57,7 @@ class TrainStep:
     ) -> None:
         self.backbone, self.head, self.service, self.optimizers = backbone, head, service, optimizers
         self.config, self.device = config, device
-        self.head_time = Stopwatch(device)
+        self.head_time, self.cluster_time = Stopwatch(device), Stopwatch(device)
 
     def __call__(self, batches: Sequence[Batch], *, step: int, lr: float) -> StepValues:
         """Optimizer step number `step` on `batches`, one for each round of accumulation.
@@ -76,7 +76,8 @@ class TrainStep:
                 values, gathered = self._accumulate(micro, step, 1 / len(batches))
             parts.append(values)
             if self.service is not None:
-                self.service.observe(gathered)
+                with self.cluster_time:
+                    self.service.observe(gathered)
         limit = self.config.optim.clip_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.backbone.parameters(), limit)
         backbone_optimizer, centre_optimizer = self.optimizers
@@ -84,7 +85,8 @@ class TrainStep:
         with self.head_time:
             centre_optimizer.step()  # which makes the centres' gradient as well
         if self.service is not None:
-            self.service.advance(step)
+            with self.cluster_time:
+                self.service.advance(step)
         sums = torch.stack(parts)
         total, margin, contrastive, alignment = sums[:, :4].mean(0).unbind()
         return StepValues(total, margin, contrastive, alignment, norm, sums[:, 4].sum())

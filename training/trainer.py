@@ -24,10 +24,11 @@ from training.checkpoint import CheckpointError, CheckpointFolder, check_same_ch
 from training.checks import make_writable, open_records
 from training.distributed import Ranks, data_parallel
 from training.errors import TrainingError
-from training.meter import Meter
+from training.meter import Meter, cluster_advice
 from training.metrics import HISTOGRAM_BINS, RunLog, count_histogram
 from training.optim import build_optimizers, learning_rate
 from training.step import TrainStep
+from training.timing import Stopwatch
 from training.verify import Verification
 
 
@@ -91,7 +92,7 @@ class Trainer:
         )
         self.verification = Verification(config, ranks)
         self.checkpoints = CheckpointFolder(self.output, ranks, train.keep_checkpoints)
-        self.step, self._saved = 0, -1
+        self.step, self._saved, self._advised = 0, -1, False
         self.meter = Meter(ranks)
         self._resume()
 
@@ -107,6 +108,7 @@ class Trainer:
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
             product_dtype=self.product_dtype,
+            stopwatch=Stopwatch(self.ranks.device),
         )
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -245,13 +247,16 @@ class Trainer:
 
     def _report(self) -> None:
         """Log the means since the last report; stop, on all ranks alike, when going on makes no sense."""
-        values = self.meter.take(self.train_step.head_time, self.global_batch)
+        values = self.meter.take(self.train_step.head_time, self.train_step.cluster_time, self.global_batch)
         values["optim/learning_rate"] = self._learning_rate()
         if self.service is not None:
             values |= self.service.statistics(self.step)
         losses = " ".join(f"{name} {values[f'loss/{name}']:.3f}" for name in ("margin", "contrastive", "alignment"))
         rate = values["throughput/images_per_second"]
         self.log.scalars(self.step, values, f"loss {values['loss/total']:.3f} ({losses})  {rate:.0f} img/s")
+        if not self._advised and (advice := cluster_advice(values, self.config.clustering)):
+            self._advised = True
+            self.log.say(advice)
         self._refuse_diverged()
         bad, limit = values["data/images_that_did_not_decode"], self.config.data.max_bad_images
         if bad > limit:

@@ -32,9 +32,10 @@ SETTINGS: dict[str, Any] = {
 
 
 def build(group: dist.ProcessGroup, case: Case, **wanted: Any) -> ClusterService:
-    """wanted: `bank_dtype`, `margin`, or settings of the clusters."""
+    """wanted: `bank_dtype`, `margin`, `stopwatch`, or settings of the clusters."""
     _, labels_N, C, K = problem(case)
     bank_dtype, margin = wanted.pop("bank_dtype", torch.float64), wanted.pop("margin", 0.5)
+    stopwatch = wanted.pop("stopwatch", None)
     return ClusterService(
         labels=labels_N.numpy().astype(np.int64),
         num_classes=C,
@@ -46,6 +47,7 @@ def build(group: dist.ProcessGroup, case: Case, **wanted: Any) -> ClusterService
         total_steps=STEPS,
         steps_per_epoch=EPOCH,
         bank_dtype=bank_dtype,
+        stopwatch=stopwatch,
     )
 
 

@@ -75,6 +75,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (config.data.path, config.train.output) == ("/home/ann/faces", "/home/ann/runs/~a")
     assert config.eval.sets == ("/home/ann/lfw.bin", "b~.bin")
     assert config.model.backbone == "~/net"
+    assert load_config(None, ["clustering.start=~/a.npy"]).clustering.start == "/home/ann/a.npy"
     overrides = ["data.path=~/faces", "train.output=~/runs/~a", "eval.sets=[~/lfw.bin, b~.bin]", "model.backbone=~/net"]
     assert load_config(None, overrides) == config
 
@@ -120,6 +121,8 @@ def test_a_single_name_is_a_list_of_one() -> None:
         ("head.scale=128.5", "head.scale: expected 0 < scale <= 128"),
         ("head.chunk_classes=10", "head.chunk_classes: unknown setting"),
         ("head.margin=0.9", "head.margin: expected within clustering.margin_low"),
+        ("clustering.step_budget=1", "clustering.step_budget: expected 0 (no limit) to below 1, got 1.0"),
+        ("clustering.step_budget=-0.1", "clustering.step_budget: expected 0 (no limit) to below 1, got -0.1"),
         ("clustering.hard_negatives=-1", "clustering.hard_negatives: expected 0 or more, got -1"),
         (
             "clustering.hard_negatives=8",
