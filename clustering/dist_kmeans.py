@@ -125,6 +125,11 @@ class KMeansRun:
         del self._slices[before + iterations * self.slices_of_an_iteration :]
 
     @property
+    def kind_of_next(self) -> str:
+        """assign, seed or mean."""
+        return self._slices[self.done][0]
+
+    @property
     def length(self) -> int:
         """Slices in all; the same on every rank."""
         return len(self._slices)

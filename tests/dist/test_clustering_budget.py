@@ -51,7 +51,7 @@ def _limited(group: dist.ProcessGroup, cost: float, resume_after: int) -> tuple[
     """After each step: version, and the plan of the refresh under way; and the plan that the second should have."""
     last = dist.get_rank(group) == dist.get_world_size(group) - 1
     clock = _Clock(cost if last else cost / 3)
-    pace.time = SimpleNamespace(perf_counter=clock.perf_counter)  # type: ignore[attr-defined]
+    pace.time = SimpleNamespace(perf_counter=clock.perf_counter)  # type: ignore
     try:
         service = build(group, NOISY, step_budget=0.5, stopwatch=clock)
         found: list[Any] = []
@@ -128,7 +128,7 @@ def _started(group: dist.ProcessGroup, path: str, dtype: torch.dtype) -> dict[st
     train(service, NOISY, stop=2 * EPOCH)
     service._published = None  # as if it had failed: the next one starts from the file too
     refresh = service._new_refresh()
-    while refresh.run._slices[refresh.done][0] == "mean":
+    while refresh.run.kind_of_next == "mean":
         refresh.advance()
     points = service.bank.points()
     return {"x": (points.sample_P, points.x_PD), "centres": refresh.run.centres_SD}
