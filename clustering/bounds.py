@@ -37,7 +37,7 @@ def drift_angles(old_SD: Tensor, new_SD: Tensor) -> Tensor:
 def angles_at_least(cosine_P: Tensor, slack: float) -> Tensor:
     """Lower bound of the angles whose cosines are known up to `slack`, float32; pi + 1 for a cosine of -inf (none)."""
     angle_P: Tensor = torch.acos((cosine_P.float() + slack).clamp(-1, 1)) - _ANGLE_SLACK
-    return angle_P.masked_fill(cosine_P == float("-inf"), torch.pi + 1)
+    return angle_P.masked_fill_(cosine_P == float("-inf"), torch.pi + 1)
 
 
 def angles_at_most(cosine_P: Tensor, slack: float) -> Tensor:
@@ -50,7 +50,8 @@ def thresholds(drift_K: Tensor) -> Tensor:
     """Values of delta worth a try: quantiles of the drifts, 0 first and the largest last, rising, float32 (T,)."""
     sorted_K = drift_K.sort().values
     place_T = torch.linspace(0, len(drift_K) - 1, _THRESHOLDS, device=drift_K.device).round().long()
-    return torch.cat([sorted_K.new_zeros(1), sorted_K[place_T]]).unique()
+    delta_T: Tensor = torch.cat([sorted_K.new_zeros(1), sorted_K[place_T]]).unique()
+    return delta_T
 
 
 def passing_counts(gap_P: Tensor, delta_T: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def passing_counts(gap_P: Tensor, delta_T: Tensor) -> Tensor:
     gap_P: the bound of the angle to the other centres before they moved, minus the own angle.
     """
     least_P = torch.searchsorted(delta_T, gap_P, side="left")  # thresholds below the gap
-    count_T = torch.bincount(least_P, minlength=len(delta_T) + 1)
+    count_T: Tensor = torch.bincount(least_P, minlength=len(delta_T) + 1)
     return count_T.flip(0).cumsum(0).flip(0)[1:]
 
 

@@ -168,6 +168,7 @@ class Assigner:
 
     def _run(self, state: Nearest, task: _Task, centres_sD: Tensor, cluster_s: Tensor) -> None:
         used = task.projection
+        operand_sD = centres_sD.to(self._dtype)
         head_sd = self._projections.of_centres(centres_sD, used.dims) if used and self._projections else None
         for part_b, x_bD in self._pieces(task.point_Q):
             part = Nearest(best_b=state.best_b[part_b], index_b=state.index_b[part_b], second_b=state.second_b[part_b])
@@ -177,7 +178,7 @@ class Assigner:
                 self._work += len(part_b) * len(cluster_s) * used.dims / self._rows.dim
                 part.second_b.clamp_min_(used.cosine)
             else:
-                nearest_(part, x_bD, centres_sD, cluster_s, kernels=self._kernels, dtype=self._dtype)
+                nearest_(part, x_bD, centres_sD, operand_sD, cluster_s, kernels=self._kernels)
                 self._work += len(part_b) * len(cluster_s)
             for kept_P, new_b in zip(
                 (state.best_b, state.index_b, state.second_b), (part.best_b, part.index_b, part.second_b), strict=True

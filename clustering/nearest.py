@@ -102,12 +102,13 @@ def _folded(values_qD: Tensor) -> Tensor:
     return values_qD[:, 0]
 
 
-def top_two(x_bD: Tensor, centres_sD: Tensor, hidden_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def top_two(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The largest cosine of each point, float32 (b,), its column, int64, and the largest of the others; -inf for none.
 
-    hidden_b: int64, a column that does not count, -1 for none. dtype: of the product's operands. s >= 1.
+    operand_sD: centres, float32 or bfloat16, as the products take them; points are rounded alike. hidden_b: int64, a
+    column that does not count, -1 for none. s >= 1.
     """
-    b, s = len(x_bD), len(centres_sD)
+    b, s, dtype = len(x_bD), len(operand_sD), operand_sD.dtype
     rows, columns = _TILE[x_bD.device.type]
     first_b, second_b = (torch.full((b,), NONE, device=x_bD.device) for _ in range(2))
     column_b = torch.zeros(b, dtype=torch.int64, device=x_bD.device)
@@ -116,7 +117,7 @@ def top_two(x_bD: Tensor, centres_sD: Tensor, hidden_b: Tensor, dtype: torch.dty
         part = slice(top, top + rows)
         x_nD, hidden_n = x_bD[part], hidden_b[part]
         for left in range(0, s, columns):
-            tile_tD = centres_sD[left : left + columns]
+            tile_tD = operand_sD[left : left + columns]
             cosine_nt = buffer[: len(x_nD) * len(tile_tD)].view(len(x_nD), len(tile_tD))
             if dtype == torch.float32:
                 torch.mm(x_nD, tile_tD.T, out=cosine_nt)
@@ -147,12 +148,13 @@ def _merge_(cosine_nt: Tensor, left: int, first_n: Tensor, column_n: Tensor, sec
 
 
 def nearest_(
-    state: Nearest, x_bD: Tensor, centres_sD: Tensor, cluster_s: Tensor, *, kernels: bool, dtype: torch.dtype
+    state: Nearest, x_bD: Tensor, centres_sD: Tensor, operand_sD: Tensor, cluster_s: Tensor, *, kernels: bool
 ) -> None:
     """Compare every point of a block with every centre of a tile, except its own, `state.index_b`.
 
-    x_bD: float32 unit rows. centres_sD: float32 unit rows, none of them zero. cluster_s: int64, their clusters, rising.
-    kernels: use `clustering.kernel_nearest`. dtype: of the product's operands, float32 or bfloat16.
+    x_bD: float32 unit rows. centres_sD: float32 unit rows, none of them zero. operand_sD: the same in the dtype of the
+    products' operands, float32 or bfloat16. cluster_s: int64, their clusters, rising. kernels: use
+    `clustering.kernel_nearest`. No collectives.
     """
     if not len(x_bD) or not len(centres_sD):
         return
@@ -161,8 +163,8 @@ def nearest_(
         from clustering.kernel_nearest import top_two as find  # noqa: PLC0415  needs Triton
     else:
         find = top_two
-    first_b, column_b, second_b = find(x_bD, centres_sD, hidden_b, dtype)
-    margin = tolerance(dtype)
+    first_b, column_b, second_b = find(x_bD, operand_sD, hidden_b)
+    margin = tolerance(operand_sD.dtype)
     close_b = first_b >= state.best_b - margin
     enough_b = state.best_b.maximum(first_b) - margin
     crowded_b = close_b & (second_b >= enough_b)
@@ -171,7 +173,7 @@ def nearest_(
     column_q = column_b[row_q]
     state.offer_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
     for row_n in crowded_b.nonzero()[:, 0].split(max(1, _CROWD // len(centres_sD))):
-        cosine_ns = product(x_bD[row_n], centres_sD.T, dtype)
+        cosine_ns = product(x_bD[row_n], operand_sD.T, operand_sD.dtype)
         _hide_(cosine_ns, hidden_b[row_n])
         at_q, column_q = (cosine_ns >= enough_b[row_n, None] - margin).nonzero(as_tuple=True)
         row_q = row_n[at_q]

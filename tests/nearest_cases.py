@@ -1,0 +1,88 @@
+"""Checks of the nearest-centre search against float64 truth, for any device: Triton's interpreter, CPUs and GPUs.
+
+Legend: b points, s centres, D embedding size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clustering.nearest import Nearest, nearest_, tolerance, top_two
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+class Case(NamedTuple):
+    points: int
+    centres: int
+    D: int
+    dtype: torch.dtype = FP32
+
+
+CASES = [
+    Case(1, 1, 7),
+    Case(7, 123, 12),
+    Case(123, 252, 507),
+    Case(507, 7, 123),
+    Case(600, 2100, 33),
+    Case(40, 123, 60, BF16),
+]
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def check_top_two(case: Case, device: str, kernel: bool) -> None:
+    """The largest and the next of the true cosines of the rounded operands; hidden columns left out."""
+    if kernel:
+        from clustering.kernel_nearest import top_two as find
+    else:
+        find = top_two
+    x_bD, centres_sD = unit(case.points, case.D, seed=1), unit(case.centres, case.D, seed=2)
+    hidden_b = torch.arange(case.points) % (case.centres + 1) - 1
+    true_bs = x_bD.to(case.dtype).double() @ centres_sD.to(case.dtype).double().T
+    hides_b = hidden_b >= 0
+    true_bs[hides_b, hidden_b[hides_b]] = float("-inf")
+    first_b, column_b, second_b = (
+        found.cpu() for found in find(x_bD.to(device), centres_sD.to(device, case.dtype), hidden_b.to(device))
+    )
+    expected_b2 = F.pad(true_bs, (0, 1), value=float("-inf")).topk(2).values
+    torch.testing.assert_close(first_b.double(), expected_b2[:, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(second_b.double(), expected_b2[:, 1], rtol=0, atol=1e-6)
+    some_b = first_b > float("-inf")
+    at_b = true_bs.gather(1, column_b[:, None])[:, 0]
+    torch.testing.assert_close(at_b[some_b], expected_b2[some_b, 0], rtol=0, atol=1e-6)
+
+
+def exact(x_bD: Tensor, centres_sD: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines of pairs by a sum that rounds equal pairs equally, and the first of the largest."""
+    cosine_bs = torch.stack([(x_bD.double() * centre_D.double()).sum(1) for centre_D in centres_sD], dim=1)
+    return cosine_bs, cosine_bs.argmax(1)
+
+
+def check_ties(device: str, kernels: bool, dtype: torch.dtype) -> None:
+    """Copies of centres, and centres one rounding apart: exact in any order of any tiles, the others all below."""
+    base_sD = unit(40, 60, seed=3)
+    base_sD[10:20] = base_sD[0:10]
+    base_sD[20:30] = base_sD[0:10] + 1e-7 * unit(10, 60, seed=4)
+    base_sD[35] = base_sD[5]
+    x_bD = F.normalize(base_sD[torch.arange(123) % 40] + 0.1 * unit(123, 60, seed=5))
+    cosine_bs, index_b = exact(x_bD, base_sD)
+    for width in (40, 7):
+        for backwards in (False, True):
+            state = Nearest.unknown(123, torch.device(device))
+            lefts = range(0, 40, width)
+            for left in reversed(lefts) if backwards else lefts:
+                tile_sD = base_sD[left : left + width].to(device)
+                cluster_s = torch.arange(left, left + len(tile_sD), device=device)
+                nearest_(state, x_bD.to(device), tile_sD, tile_sD.to(dtype), cluster_s, kernels=kernels)
+            assert torch.equal(state.index_b.cpu(), index_b)
+            torch.testing.assert_close(state.best_b.cpu(), cosine_bs.amax(1), rtol=0, atol=1e-14)
+            others_b = cosine_bs.scatter(1, index_b[:, None], float("-inf")).amax(1)
+            assert (state.second_b.cpu() >= others_b - tolerance(dtype)).all()
+            assert (state.second_b.cpu() <= state.best_b.cpu() + tolerance(dtype)).all()

@@ -1,0 +1,183 @@
+"""The nearest centres: in torch, by the kernel under Triton's interpreter, and by projections."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clustering import nearest_projection
+from clustering.nearest import Nearest, _folded, columns_of, row_dots
+from clustering.nearest_choice import _say_once, runs_kernel, why_not
+from clustering.nearest_projection import Projection, Sample, choose, find_, random_basis, subspaces
+from partial_fc.choice import KernelFallbackWarning
+from tests import nearest_cases
+from tests.nearest_cases import BF16, CASES, FP32, Case, unit
+from tests.triton_process import Run, fresh_process, needs_triton
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    yield from fresh_process(True, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    yield from fresh_process(False, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_two_largest_cosines(case: Case) -> None:
+    nearest_cases.check_top_two(case, "cpu", kernel=False)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_ties_go_to_the_smaller_cluster_in_any_order_of_tiles(dtype: torch.dtype) -> None:
+    nearest_cases.check_ties("cpu", False, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("case", [case for case in CASES if case.centres < 1000], ids=str)
+def test_kernel_finds_the_two_largest_cosines(interpreter: Run, case: Case) -> None:
+    interpreter(nearest_cases.check_top_two, case, "cpu", True)
+
+
+@needs_triton
+def test_kernel_leads_to_the_same_decisions(interpreter: Run) -> None:
+    interpreter(nearest_cases.check_ties, "cpu", True, FP32)
+
+
+def _compile(capability: int) -> int:
+    """Compile for that GPU, here or not; the largest shared memory of the last launch of each list, in bytes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    from clustering.kernel_nearest import _LAUNCHES, _top_two_kernel
+
+    kernel: Any = _top_two_kernel
+    names, least = kernel.arg_names, 0
+    for dtype, launches in _LAUNCHES.items():
+        operand = "*bf16" if dtype == BF16 else "*fp32"
+        types = dict.fromkeys(("x", "centres"), operand) | dict.fromkeys(("first", "second"), "*fp32")
+        types |= dict.fromkeys(("hidden", "column"), "*i64") | dict.fromkeys(("B", "S", "split_size"), "i32")
+        for launch in {launches[0], launches[-1]} if dtype == BF16 else launches[-1:]:
+            constants = {"D": 507, "BLOCK_N": launch.points, "BLOCK_C": launch.centres, "BLOCK_K": launch.columns}
+            signature = {name: "constexpr" if name in constants else types[name] for name in names}
+            source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+            options = {"num_warps": launch.warps, "num_stages": launch.stages}
+            done = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options)
+            if launch == launches[-1]:
+                least = max(least, int(done.metadata.shared))
+    return least
+
+
+@needs_triton
+def test_kernel_compiles(compiler: Run) -> None:
+    assert compiler(_compile, 80) <= 100 * 1024
+
+
+def test_the_kernel_runs_where_it_is_asked_for_and_can() -> None:
+    centres_SD = torch.ones(2, 8)
+    assert not runs_kernel("auto", centres_SD)
+    assert not runs_kernel("torch", centres_SD)
+    assert why_not(centres_SD)
+    _say_once.cache_clear()
+    with pytest.warns(KernelFallbackWarning, match="torch runs instead"):
+        assert not runs_kernel("triton", centres_SD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not runs_kernel("triton", centres_SD)
+
+
+@pytest.mark.parametrize("D", [1, 7, 123, 512])
+def test_a_dot_product_has_the_same_bits_among_others_as_alone(D: int) -> None:
+    x_XD, y_YD = unit(300, D, seed=1), unit(50, D, seed=2)
+    row_q, other_q = torch.arange(300), torch.arange(300) % 50
+    together_q = row_dots(x_XD, row_q, y_YD, other_q)
+    alone_q = torch.cat([row_dots(x_XD, row_q[i : i + 1], y_YD, other_q[i : i + 1]) for i in range(300)])
+    assert torch.equal(together_q, alone_q)
+    torch.testing.assert_close(together_q, (x_XD.double() * y_YD[other_q].double()).sum(1), rtol=0, atol=1e-15)
+    torch.testing.assert_close(_folded(x_XD.double()), x_XD.double().sum(1), rtol=0, atol=1e-14)
+
+
+def test_places_of_clusters_in_a_tile() -> None:
+    cluster_s = torch.tensor([2, 5, 9])
+    assert columns_of(torch.tensor([-1, 0, 2, 5, 6, 9, 10]), cluster_s).tolist() == [-1, -1, 0, 1, -1, 2, -1]
+
+
+def _pair(cosine: float, D: int, count: int) -> tuple[Tensor, Tensor]:
+    """Pairs of unit rows of that cosine."""
+    x_qD, other_qD = unit(count, D, seed=6), unit(count, D, seed=7)
+    other_qD = F.normalize(other_qD - (other_qD * x_qD).sum(1, keepdim=True) * x_qD)
+    return x_qD, cosine * x_qD + (1 - cosine**2) ** 0.5 * other_qD
+
+
+@pytest.mark.parametrize("cosine", [0.2, 0.6])
+def test_limits_are_as_many_deviations_off_as_they_say(cosine: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 2 deviations 2.3% of the pairs are missed, at 5 none of 20 000."""
+    x_qD, centre_qD = _pair(cosine, 128, 20000)
+    head_qd, head_centre_qd = (rows @ random_basis(128)[:, :48] for rows in (x_qD, centre_qD))
+    projection = Projection(dims=48, cosine=cosine, dim=128)
+    product_q = (head_qd * head_centre_qd).sum(1)
+    assert (product_q > projection.limits(head_qd)).all()
+    monkeypatch.setattr(nearest_projection, "_DEVIATIONS", 2.0)
+    missed = float((product_q < projection.limits(head_qd)).double().mean())
+    assert 0.018 < missed < 0.028
+
+
+def _clustered(points: int, K: int, D: int, spread: float) -> tuple[Tensor, Tensor]:
+    centres_KD = unit(K, D, seed=8)
+    noise_ND = torch.randn(points, D, generator=torch.Generator().manual_seed(9)) * spread / D**0.5
+    return F.normalize(centres_KD[torch.arange(points) % K] + noise_ND), centres_KD
+
+
+def test_projection_finds_every_centre_above_its_cosine() -> None:
+    x_ND, centres_KD = _clustered(700, 300, 256, 1.2)
+    x_ND[5], x_ND[6] = centres_KD[7], F.normalize(centres_KD[7:8] + centres_KD[8:9])[0]
+    basis_DE = random_basis(256)
+    projection = Projection(dims=128, cosine=0.45, dim=256)
+    heads = [rows @ basis_DE[:, :128] for rows in (x_ND, centres_KD)]
+    state = Nearest.unknown(700, torch.device("cpu"))
+    state.index_b[5], state.best_b[5] = 7, 1.0  # its own, not compared again
+    cluster_K = torch.arange(300) * 2
+    cluster_K[7] = 7
+    cluster_K = cluster_K.sort().values
+    pairs = find_(state, x_ND, heads[0], centres_KD, heads[1], cluster_K, projection)
+    true_NK = x_ND.double() @ centres_KD.double().T
+    best_N, column_N = true_NK.max(1)
+    solved_N = best_N >= 0.45
+    solved_N[5] = False
+    assert solved_N.double().mean() > 0.9
+    assert 700 <= pairs < 0.1 * true_NK.numel()
+    torch.testing.assert_close(state.best_b[solved_N], best_N[solved_N], rtol=0, atol=1e-12)
+    assert torch.equal(state.index_b[solved_N], cluster_K[column_N[solved_N]])
+    second_N = true_NK.topk(2).values[:, 1]
+    assert ((state.second_b >= second_N - 1e-6) | (second_N < 0.45))[solved_N].all()
+
+
+def test_a_projection_is_chosen_where_it_pays() -> None:
+    x_ND, centres_KD = _clustered(4096, 512, 256, 1.0)
+    basis_DE = random_basis(256)
+    for rows_QD, pays in ((x_ND[::16], True), (unit(256, 256, seed=10), False)):
+        tables = []
+        for part_QD in rows_QD.split(100):  # counts of parts add up to those of the whole
+            sample = Sample(part_QD, basis_DE)
+            sample.see(centres_KD[:300])
+            sample.see(centres_KD[300:])
+            tables.append(sample.table())
+        found = choose(torch.stack(tables).sum(0), 256, 512, known=True)
+        assert (found is not None) == pays
+    assert subspaces(32) == []
+    assert random_basis(32).shape == (32, 0)
+
+
+def test_basis_is_orthonormal_and_the_same_every_time() -> None:
+    basis_DE = random_basis(123)
+    torch.testing.assert_close(basis_DE.T @ basis_DE, torch.eye(basis_DE.shape[1]), rtol=0, atol=1e-5)
+    assert torch.equal(basis_DE, random_basis(123))
