@@ -6,6 +6,9 @@ In `alignment_loss`: C classes of this rank, M sub-centres of each, X = C M rows
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,7 +18,9 @@ from clustering.hardness import CountTable
 from partial_fc.collectives import GatheredBatch, SumOverRanks, all_reduce_
 
 
-def match_classes(table: CountTable, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+def match_classes(
+    table: CountTable, group: dist.ProcessGroup, attempt: Callable[[Callable[[], Tensor], Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Greedy one-to-one matching of classes and clusters by T, the same for any number of ranks.
 
     The greedy rule takes the entries of T by (count descending, class, cluster) and matches each whose class and
@@ -25,28 +30,48 @@ def match_classes(table: CountTable, group: dist.ProcessGroup) -> tuple[Tensor, 
 
     Returns (class_K, owner_K), int64 (K,), the same on all ranks. class_K: the matched class, -1 for none.
     owner_K: the matched class, for an extra cluster the class of largest count, -1 for an empty cluster.
+    attempt: runs this rank's part of a round, or gives what stands for nothing (-1 for each cluster) where it cannot.
     Collectives: two all-reduces of K int64 a round, one more at the end. Rounds: a few on data of faces; at
     most one for each class.
     """
     free_Q = torch.ones_like(table.row_Q, dtype=torch.bool)
-    class_K = table.cluster_Q.new_full((table.num_clusters,), -1)
+    nothing_K = table.cluster_Q.new_full((table.num_clusters,), -1)
+    class_K = nothing_K.clone()
     owner_K: Tensor | None = None
-    class_Q = table.row_Q + table.shard.start
+
+    def local(work: Callable[[], Tensor]) -> Tensor:
+        """Never `nothing_K` itself: the ranks' parts are reduced in place."""
+        return work() if attempt is None else attempt(work, nothing_K).clone()
+
     while True:
-        best_K, _ = table.best_class(free_Q, group)
+        key_K = local(functools.partial(_keys, table, free_Q, class_K))
+        best_K, _ = table.class_of(all_reduce_(key_K, group, dist.ReduceOp.MAX))
         if owner_K is None:
             owner_K = best_K
         if not bool((best_K >= 0).any()):
             return class_K, torch.where(class_K >= 0, class_K, owner_K)
-        best_R = table.best_cluster(free_Q)
-        mutual_Q = free_Q & (best_K[table.cluster_Q] == class_Q) & (best_R[table.row_Q] == table.cluster_Q)
-        found_K = torch.full_like(class_K, -1)
-        found_K[table.cluster_Q[mutual_Q]] = class_Q[mutual_Q]
+        found_K = local(functools.partial(_mutual, table, free_Q, class_K, best_K))
         all_reduce_(found_K, group, dist.ReduceOp.MAX)
         class_K = torch.where(found_K >= 0, found_K, class_K)
-        taken_R = torch.zeros(table.shard.size, dtype=torch.bool, device=class_K.device)
-        taken_R[table.row_Q[mutual_Q]] = True
-        free_Q &= ~taken_R[table.row_Q] & (class_K[table.cluster_Q] < 0)
+
+
+def _keys(table: CountTable, free_Q: Tensor, class_K: Tensor) -> Tensor:
+    """`CountTable.class_keys` of the entries whose class and cluster are both free."""
+    return table.class_keys(free_Q & (class_K[table.cluster_Q] < 0))
+
+
+def _mutual(table: CountTable, free_Q: Tensor, class_K: Tensor, best_K: Tensor) -> Tensor:
+    """The classes here that are the best of their best cluster, at their clusters, int64 (K,); -1 elsewhere.
+
+    best_K: the best class of each cluster. Takes the entries of these classes out of free_Q.
+    """
+    best_R = table.best_cluster(free_Q & (class_K[table.cluster_Q] < 0))
+    class_R = torch.arange(table.shard.start, table.shard.stop, device=best_R.device)
+    mutual_R = (best_R >= 0) & (best_K[best_R.clamp_min(0)] == class_R)
+    free_Q &= ~mutual_R[table.row_Q]
+    found_K = torch.full_like(class_K, -1)
+    found_K[best_R[mutual_R]] = class_R[mutual_R]
+    return found_K
 
 
 def _first_of_each(values_N: Tensor) -> Tensor:

@@ -83,10 +83,17 @@ class CountTable:
         entries_Q: bool, the entries that compete. Returns int64 (K,) twice; -1 and 0 where none does. One
         all-reduce (MAX) of count x C + (C - 1 - class), which orders by count, then by class downwards.
         """
+        key_K = all_reduce_(self.class_keys(entries_Q), group, dist.ReduceOp.MAX)
+        return self.class_of(key_K)
+
+    def class_keys(self, entries_Q: Tensor) -> Tensor:
+        """What `best_class` takes the largest of, int64 (K,), of this rank's classes; -1 where none competes."""
         class_Q = self.row_Q + self.shard.start
         key_Q = torch.where(entries_Q, self.count_Q * self.num_classes + (self.num_classes - 1 - class_Q), -1)
-        key_K = key_Q.new_full((self.num_clusters,), -1).scatter_reduce_(0, self.cluster_Q, key_Q, "amax")
-        all_reduce_(key_K, group, dist.ReduceOp.MAX)
+        return key_Q.new_full((self.num_clusters,), -1).scatter_reduce_(0, self.cluster_Q, key_Q, "amax")
+
+    def class_of(self, key_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Class and count of keys, -1 and 0 for -1."""
         class_K = torch.where(key_K >= 0, self.num_classes - 1 - key_K % self.num_classes, -1)
         return class_K, key_K.clamp_min(0) // self.num_classes
 

@@ -165,7 +165,10 @@ class Publication:
         self._f_C, self._n_C, self._hard_C, self._margin_C, self._suspects = f_C, n_C, hard_C, margin_C, suspects
 
     def _match(self) -> None:
-        self._class_K, self._owner_K = match_classes(self._table, self._group)
+        def attempt(work: Callable[[], Tensor], nothing_K: Tensor) -> Tensor:
+            return self._guard.run("matching", work, nothing_K)
+
+        self._class_K, self._owner_K = match_classes(self._table, self._group, attempt)
 
     def _code(self) -> None:
         self._code_I.zero_()

@@ -23,7 +23,7 @@ from tests.ranks import WORLD_SIZES, RankPool
 DRIFTING: Case = {**NOISY, "drift": 0.05}
 
 KINDS = ("start", "assign", "gate", "seed", "mean", "count", "cohesion", "hard levels", "margins", "assignments",
-         "anchors", "weights", "neighbours", "publication")  # fmt: skip
+         "matching", "anchors", "weights", "neighbours", "publication")  # fmt: skip
 """Every kind of local work; the second refresh begins after 8 steps and ends after 10."""
 
 
