@@ -29,8 +29,8 @@ class Part:
     path: Path
     rows: int
     dtype: np.dtype[Any]
-    matrix_nD: npt.NDArray[Any] | None
-    """Mapped, not read; None for a file without rows."""
+    matrix_nD: npt.NDArray[Any]
+    """Mapped, not read."""
 
 
 class PartFiles:
@@ -44,7 +44,7 @@ class PartFiles:
         """
         self.source = source
         self.parts = [_open(path) for path in _paths(source)]
-        widths = {part.matrix_nD.shape[1]: part.path for part in reversed(self.parts) if part.matrix_nD is not None}
+        widths = {part.matrix_nD.shape[1]: part.path for part in reversed(self.parts) if part.rows}
         if not widths:
             raise InputError(f"{source}: expected embeddings, got 0 rows: embed some images first")
         if len(widths) > 1:
@@ -66,7 +66,6 @@ class PartFiles:
         """Rows start … stop - 1, (stop - start, D): float64 where any of the files is, else float32."""
         rows_bD = np.empty((max(0, min(stop, self.rows) - start), self.dim), self._dtype)
         for part, first in self._overlapping(start, stop):
-            assert part.matrix_nD is not None
             block_nD = part.matrix_nD[max(0, start - first) : stop - first]
             at = max(0, first - start)
             rows_bD[at : at + len(block_nD)] = block_nD
@@ -77,9 +76,8 @@ class PartFiles:
         rows_QD = np.empty((len(row_Q), self.dim), self._dtype)
         part_Q = np.searchsorted(self._starts, row_Q, side="right") - 1
         for number in np.unique(part_Q):
-            matrix_nD, chosen_Q = self.parts[number].matrix_nD, part_Q == number
-            assert matrix_nD is not None
-            rows_QD[chosen_Q] = matrix_nD[row_Q[chosen_Q] - self._starts[number]]
+            chosen_Q = part_Q == number
+            rows_QD[chosen_Q] = self.parts[number].matrix_nD[row_Q[chosen_Q] - self._starts[number]]
         return rows_QD
 
     def where(self, row: int) -> str:
@@ -118,14 +116,7 @@ def _open(path: Path) -> Part:
     shape, fortran, dtype, offset = read_header(path)
     if len(shape) != 2 or dtype.kind != "f" or dtype.itemsize not in (2, 4, 8) or shape[1] < 1:
         raise InputError(f"{path}: expected {_KINDS} of shape (rows, components), got {dtype} {shape}")
-    if not shape[0]:
-        return Part(path, 0, dtype, None)
-    try:
-        order: Any = "F" if fortran else "C"
-        matrix_nD = np.memmap(path, dtype=dtype, shape=shape, order=order, mode="r", offset=offset)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot map it into memory ({error})") from None
-    return Part(path, shape[0], dtype, matrix_nD)
+    return Part(path, shape[0], dtype, _mapped(path, shape, fortran, dtype, offset))
 
 
 def read_header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -158,14 +149,26 @@ def read_header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     return tuple(int(length) for length in shape), fortran, dtype, offset
 
 
-def read_vector(path: Path, *, kinds: str, what: str) -> npt.NDArray[Any]:
-    """A mapped .npy of one dimension whose dtype is of one of the `kinds` (numpy's letters). Raises InputError."""
-    shape, _, dtype, offset = read_header(path)
-    if len(shape) != 1 or dtype.kind not in kinds:
-        raise InputError(f"{path}: expected {what}, got {dtype} {shape}")
-    if not shape[0]:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, shape=shape, mode="r", offset=offset)
+def map_array(path: Path, *, kinds: str, shape: tuple[int | None, ...], what: str) -> npt.NDArray[Any]:
+    """A .npy file, mapped and not read, of that shape (None: any length) and a dtype of `kinds` (numpy's letters).
+
+    what: such a file in words. Raises InputError.
+    """
+    found, fortran, dtype, offset = read_header(path)
+    fits = len(found) == len(shape) and all(want in (None, got) for want, got in zip(shape, found, strict=True))
+    if not fits or dtype.kind not in kinds:
+        raise InputError(f"{path}: expected {what}, got {dtype} {found}")
+    return _mapped(path, found, fortran, dtype, offset)
+
+
+def _mapped(path: Path, shape: tuple[int, ...], fortran: bool, dtype: np.dtype[Any], offset: int) -> npt.NDArray[Any]:
+    if not math.prod(shape):
+        return np.empty(shape, dtype)  # nothing to map
+    try:
+        order: Any = "F" if fortran else "C"
+        return np.memmap(path, dtype=dtype, shape=shape, order=order, mode="r", offset=offset)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot map it into memory ({error})") from None
 
 
 def contains(source: Path, path: Path) -> bool:

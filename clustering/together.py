@@ -44,3 +44,8 @@ def raise_together(error: str, group: dist.ProcessGroup, device: torch.device) -
         words[: len(spoken)] = torch.tensor(list(spoken), dtype=torch.uint8, device=device)
     dist.broadcast(words, group=group, group_src=first)
     raise InputError(bytes(words.tolist()).rstrip(b"\0").decode(errors="replace"))
+
+
+def on_rank_zero(work: Callable[[], None], group: dist.ProcessGroup, device: torch.device) -> None:
+    """work() on rank 0 alone; InputError on all ranks when it raised one. As `together` otherwise."""
+    together(work if dist.get_rank(group) == 0 else lambda: None, group, device)
