@@ -193,7 +193,10 @@ class KMeansRun:
 
     def _seed(self) -> None:
         self._shown = None
-        self.counted_P = self.index_P >= 0 if self.gate is None else self.gate(self.index_P)
+        if self.gate is None:
+            self.counted_P = self._attempt("seed", lambda: self.index_P >= 0, self.counted_P)
+        else:
+            self.counted_P = self.gate(self.index_P)
         counts_K = self._count_K.zero_()
         self._attempt("seed", lambda: self._count_(counts_K), None)
         empty_E = (all_reduce_(counts_K, self.group) == 0).nonzero()[:, 0]

@@ -31,6 +31,13 @@ from partial_fc.collectives import all_reduce_
 from sharding import all_shards
 
 
+def dominant_classes(table: CountTable, what: str, guard: Guard, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """`CountTable.best_class` of all entries; this rank's part through the guard. One all-reduce."""
+    nothing_K = table.cluster_Q.new_full((table.num_clusters,), -1)
+    key_K = guard.run(what, lambda: table.class_keys(torch.ones_like(table.row_Q, dtype=torch.bool)), nothing_K)
+    return table.class_of(all_reduce_(key_K, group, dist.ReduceOp.MAX))
+
+
 class Publication:
     """`advance()` does the next stage; after the last one `published` is there, unless something failed here.
 
@@ -115,8 +122,7 @@ class Publication:
         empty = CountTable.empty(self._bank.shard, self._num_classes, self._run.num_clusters, self._code_I.device)
         self._table = self._guard.run("count", self._counted, empty)
         self._size_K = self._table.cluster_sizes(self._group)
-        every_Q = torch.ones_like(self._table.row_Q, dtype=torch.bool)
-        _, self._largest_K = self._table.best_class(every_Q, self._group)
+        _, self._largest_K = dominant_classes(self._table, "count", self._guard, self._group)
 
     def _cohere(self, part: slice) -> None:
         def add() -> None:

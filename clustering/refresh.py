@@ -19,7 +19,7 @@ from clustering.dist_kmeans import KMeansRun
 from clustering.guard import Guard
 from clustering.hardness import CountTable, suspects_of
 from clustering.pace import Plan
-from clustering.publication import Publication
+from clustering.publication import Publication, dominant_classes
 from clustering.published import Published
 from configs.schema import ClusteringConfig
 
@@ -51,6 +51,7 @@ class Refresh:
         self._bank, self._group = bank, group
         self._num_classes, self._num_clusters = num_classes, num_clusters
         self.points = bank.snapshot()
+        self._nobody_P = torch.zeros_like(self.points.seen_P)
         self.run = KMeansRun(
             points=self.points,
             centres_SD=None if previous is None else previous.c_SD,
@@ -77,18 +78,17 @@ class Refresh:
     def _gate(self, cluster_P: Tensor) -> Tensor:
         """Points that have a cluster and are not suspect, bool (P,). One all-reduce."""
         bank = self._bank
-        assigned_P = cluster_P >= 0
         sizes = (bank.shard, self._num_classes, self._num_clusters)
         table = self.guard.run(
             "gate",
-            lambda: CountTable.count(bank.class_P, cluster_P, assigned_P, *sizes),
+            lambda: CountTable.count(bank.class_P, cluster_P, cluster_P >= 0, *sizes),
             CountTable.empty(*sizes, cluster_P.device),
         )
-        dominant_K, _ = table.best_class(torch.ones_like(table.row_Q, dtype=torch.bool), self._group)
+        dominant_K, _ = dominant_classes(table, "gate", self.guard, self._group)
         return self.guard.run(
             "gate",
-            lambda: assigned_P & ~suspects_of(table, dominant_K, bank.class_P, cluster_P),
-            torch.zeros_like(assigned_P),
+            lambda: (cluster_P >= 0) & ~suspects_of(table, dominant_K, bank.class_P, cluster_P),
+            self._nobody_P,
         )
 
     @property
