@@ -74,8 +74,8 @@ def demo_times(data: Path, folder: Path, epochs: int, ranks: Ranks, *, small: bo
         clusters=seconds[True],
         words=(
             f"B = {guided.global_batch}, {guided.records.num_classes} classes, {service.num_clusters} clusters, "
-            f"{guided.records.num_samples} samples; {service.version} refreshes in {timed} timed steps; head and "
-            f"losses, by the wall clock, {1000 * head / timed:.1f} ms a step (plain {1000 * plain_head:.1f}), bank, centres and slices "
-            f"{1000 * cluster / timed:.1f}"
+            f"{guided.records.num_samples} samples; {service.version} refreshes in {timed} timed steps; by the clock "
+            f"head and losses {1000 * head / timed:.1f} ms a step (plain {1000 * plain_head:.1f}), bank, centres and "
+            f"slices {1000 * cluster / timed:.1f}"
         ),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from clustering.bank import EmbeddingBank
 from clustering.errors import ClusterStateError
 from partial_fc.collectives import GatheredBatch
+from tests.unit.test_no_sync import _Syncs as Syncs
 
 LABELS = np.array([3, 0, 2, 3, 0, 3, 4], dtype=np.int64)  # class 1 has no sample
 CLASSES, DIM = 5, 3
@@ -121,6 +122,36 @@ def test_points_show_what_is_written_later() -> None:
     bank.update(_batch([1]))
     assert points.seen_P[0]
     assert points.x_PD[0, 0] == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_rows_that_are_not_finite_leave_what_was_there(value: float) -> None:
+    bank = _bank()
+    bank.update(_batch([5, 1]))
+    x_ND = torch.ones(3, DIM)
+    x_ND[[0, 1], [2, 0]] = value
+    bank.update(_batch([1, 6, 3], x_ND))
+    stored = dict(zip(bank.sample_P.tolist(), bank.points().x_PD.tolist(), strict=True))
+    assert stored[1] == [2.0] * DIM, "the former one"
+    assert stored[3] == [1.0] * DIM
+    assert bank.sample_P[bank.points().seen_P].tolist() == [1, 3, 5]
+
+
+def test_a_snapshot_stays_as_it_is() -> None:
+    bank = _bank()
+    bank.update(_batch([5, 1]))
+    snapshot = bank.snapshot()
+    before = snapshot.x_PD.clone()
+    bank.update(_batch([6, 5, 0]))
+    assert torch.equal(snapshot.x_PD, before)
+    assert int(snapshot.seen_P.sum()) == 2
+
+
+def test_an_update_does_not_wait_for_the_device() -> None:
+    bank, batch = _bank(), _batch([5, 1])
+    with Syncs() as syncs:
+        bank.update(batch)
+    assert syncs.found == []
 
 
 def test_gradients_stay_outside_and_values_are_rounded_to_the_bank() -> None:
