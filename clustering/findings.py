@@ -5,7 +5,7 @@ Each finding has a score by which it is ordered. Ours: docs/report.md has the fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from clustering.report_groups import Cut
@@ -84,7 +84,7 @@ class LabelState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
-    """Everything, ordered by score, the worst first; labels by hard level."""
+    """Everything, by score, the worst first; copies under another label before all others; labels by hard level."""
 
     noise: list[Noise]
     duplicates: list[Duplicate]
@@ -100,3 +100,7 @@ class Findings:
     """Ratio from which on labels were held for one person."""
     iterations: int
     """Of k-means."""
+
+    def with_copies(self, copies: list[Copy]) -> Findings:
+        """The same with other rows about copies."""
+        return replace(self, copies=copies)

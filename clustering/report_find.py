@@ -57,6 +57,7 @@ def find_all(
         Copy(float(cosine), *_named(data, int(place)), *_named(data, int(of)))
         for place, of, cosine in zip(*(found.place_T, found.of_T, found.cosine_T), strict=True)
     ]
+    copies.sort(key=lambda row: (row.label == row.label_of, -row.score, row.copy_of, row.sample))
     return Findings(
         noise=noise,
         duplicates=duplicates,
