@@ -92,18 +92,11 @@ class Pace:
         return self._stopwatch
 
     def plan(
-        self,
-        wanted: Plan,
-        *,
-        longest: int,
-        fixed: int,
-        per_iteration: int,
-        group: dist.ProcessGroup,
-        device: torch.device,
+        self, wanted: Plan, slices: tuple[int, int], longest: int, group: dist.ProcessGroup, device: torch.device
     ) -> Plan:
         """`plan_refresh` from what the slowest rank measured; `wanted` without a limit or a measurement.
 
-        One all-reduce with a limit, none without.
+        slices: outside of iterations, and of each. One all-reduce with a limit, none without.
         """
         if self._stopwatch is None or not self.limited:
             return wanted
@@ -121,8 +114,8 @@ class Pace:
         return plan_refresh(
             wanted,
             longest=longest,
-            fixed=fixed,
-            per_iteration=per_iteration,
+            fixed=slices[0],
+            per_iteration=slices[1],
             slice_seconds=slice_seconds,
             allowed=-negated * self._budget,
         )

@@ -92,9 +92,10 @@ class Refresh:
         )
 
     @property
-    def fixed_slices(self) -> int:
-        """Slices outside of the iterations."""
-        return self.length - self.plan.iterations * self.run.slices_of_an_iteration
+    def slices(self) -> tuple[int, int]:
+        """Slices outside of the iterations, and of each iteration."""
+        each = self.run.slices_of_an_iteration
+        return self.length - self.plan.iterations * each, each
 
     @property
     def length(self) -> int:

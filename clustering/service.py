@@ -25,7 +25,7 @@ from clustering.contrastive import Candidates, contrastive_loss
 from clustering.errors import ClusterStateError
 from clustering.guard import Guard, agree
 from clustering.margins import ramped
-from clustering.pace import Pace, Plan, Stopwatch
+from clustering.pace import Pace, Stopwatch
 from clustering.published import Published
 from clustering.refresh import Refresh
 from clustering.schedule import RefreshSchedule
@@ -82,9 +82,7 @@ class ClusterService:
         self._refresh: Refresh | None = None
         self._pace = Pace(config.step_budget, stopwatch)
         self._first_published: int | None = None
-        self._start_I = None
-        if config.start:
-            self._start_I = read_start(config.start, num_samples=len(labels), num_clusters=self.num_clusters)
+        self._start_I = read_start(config.start, num_samples=len(labels), num_clusters=self.num_clusters)
         self._candidates: Candidates | None = None
         self._published: Published | None = None
         self._done = 0
@@ -184,16 +182,8 @@ class ClusterService:
         guard = Guard()
         refresh = guard.run("start", self._new_refresh, None)
         if self._all_well(guard.failure) and refresh is not None:
-            wanted = Plan(steps=self.schedule.span, iterations=self.config.iterations)
-            plan = self._pace.plan(
-                wanted,
-                longest=self.schedule.longest(self._done),
-                fixed=refresh.fixed_slices,
-                per_iteration=refresh.run.slices_of_an_iteration,
-                group=self.group,
-                device=self.device,
-            )
-            refresh.take_plan(plan)
+            longest = self.schedule.longest(self._done)
+            refresh.take_plan(self._pace.plan(refresh.plan, refresh.slices, longest, self.group, self.device))
             self._refresh = refresh
 
     def _new_refresh(self) -> Refresh:
@@ -217,8 +207,7 @@ class ClusterService:
         self._refresh = None
         if self._all_well(refresh.guard.failure) and refresh.published is not None:
             self._adopt(refresh.published)
-            if self._first_published is None:
-                self._first_published = self._done
+            self._first_published = self._first_published or self._done
 
     def _all_well(self, failure: str) -> bool:
         """Whether nothing failed on any rank; else count and log it, on all ranks alike."""

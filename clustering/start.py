@@ -12,11 +12,13 @@ from configs.checks import ConfigError
 _BLOCK = 1 << 22
 
 
-def read_start(path: str, *, num_samples: int, num_clusters: int) -> npt.NDArray[np.integer]:
+def read_start(path: str, *, num_samples: int, num_clusters: int) -> npt.NDArray[np.integer] | None:
     """The cluster of each sample, an integer (num_samples,), -1 for none: read-only, still in its file (.npy).
 
-    num_clusters: K; the file may use fewer. Raises ConfigError when it is not such a file.
+    None for an empty path. num_clusters: K; the file may use fewer. Raises ConfigError when it is not such a file.
     """
+    if not path:
+        return None
     at = f"clustering.start: {path}"
     try:
         found = np.load(Path(path), mmap_mode="r", allow_pickle=False)

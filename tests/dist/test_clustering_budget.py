@@ -69,8 +69,8 @@ def _limited(group: dist.ProcessGroup, cost: float, resume_after: int) -> tuple[
                 expected = plan_refresh(
                     Plan(steps=2, iterations=2),
                     longest=EPOCH,
-                    fixed=refresh.fixed_slices - _slices_of_start(service),
-                    per_iteration=refresh.run.slices_of_an_iteration,
+                    fixed=refresh.slices[0] - _slices_of_start(service),
+                    per_iteration=refresh.slices[1],
                     slice_seconds=2 * cost / refresh.length,
                     allowed=0.5,
                 )

@@ -14,7 +14,9 @@ from configs.schema import ConfigError
 
 
 def _read(path: Path) -> npt.NDArray[np.integer]:
-    return read_start(str(path), num_samples=7, num_clusters=3)
+    found = read_start(str(path), num_samples=7, num_clusters=3)
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64, np.uint16])
