@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clustering.lloyd import Lloyd
 from clustering.rows import TensorRows
-from clustering.seeding import Placed, placed_sum, plus_plus, race, shard_of_rows, uniform
+from clustering.seeding import Placed, placed_sum, plus_plus, race, shard_of_rows, too_few, uniform
 from clustering.together import InputError
 from partial_fc.collectives import all_reduce_
 
@@ -33,6 +33,8 @@ def parallel_plus_plus(place: Placed, num_clusters: int, group: dist.ProcessGrou
     clusters. Collectives: those of `Lloyd.assign` and four all-reduces a round, and those of `plus_plus`.
     """
     new_m = race(place.number_P, (place.weight_P > 0).double(), 1, group, seed=seed, turn=_TURNS)
+    if not len(new_m):
+        raise too_few(num_clusters, 0)
     number_M, distance_P, nearest_P = new_m[:0], torch.full_like(place.weight_P, 2.0), torch.zeros_like(place.number_P)
     for turn in range(ROUNDS + 1):
         if len(new_m):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,7 +32,8 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
             "as it was"
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone after the renaming, or never was
+            partial.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
