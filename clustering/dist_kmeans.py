@@ -12,7 +12,7 @@ Sums are exact (`clustering.shards`), so centres do not depend on the number of 
 that are not seen when a run begins take no part in it. Buffers that collectives need are made at the beginning; with a
 guard, a rank on which something failed goes on as one without points.
 
-Legend: P points of this rank, b points of a block, S centres of a shard, s centres of a tile, D embedding size,
+Legend: P points of this rank, b points of a block, S centres of a shard, s of them that exist, D embedding size,
 K clusters, C classes.
 """
 
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clustering import nearest_choice
 from clustering.bank import Points
 from clustering.guard import Guard, T
 from clustering.kmeans import FIT_LEVELS, WELL_FITTED, Gate, fit_level
@@ -32,17 +33,9 @@ from clustering.shards import add_rows_, show_rows, sum_rows_, unit_or
 from partial_fc.collectives import all_reduce_
 from sharding import all_shards
 
-_TILE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Cosines of one (b, s) tile: 1 MB of float32 stays in the cache of a CPU core; 256 MB fill a GPU."""
 _ADDED_AT_A_TIME = 128
 """Centres that a point is compared with in the time in which it is added to a sum: makes slices of about one cost."""
 _SAVED = ("centres_SD", "best_P", "index_P", "counted_P", "taking_part_P", "seed_point_Q", "seed_cluster_Q")
-
-
-def _cosines(x_bD: Tensor, centres_sD: Tensor) -> Tensor:
-    if x_bD.dtype == torch.bfloat16:
-        return torch.mm(x_bD, centres_sD.to(torch.bfloat16).T, out_dtype=centres_sD.dtype)
-    return x_bD @ centres_sD.T
 
 
 def _plainly(what: str, work: Callable[[], T], otherwise: T) -> T:
@@ -178,18 +171,19 @@ class KMeansRun:
         x_bD, best_b, index_b = self.points.x_PD[part], self.best_P[part], self.index_P[part]
         if rank == 0 and not bool(torch.isfinite(x_bD).all()):
             raise FloatingPointError("embeddings are not finite")
-        if not len(x_bD) or not len(shown_SD):
+        place_s = (shown_SD != 0).any(1).nonzero()[:, 0]
+        if not len(x_bD) or not len(place_s):
             return
-        if not x_bD.is_cuda:  # only GPUs multiply bf16 operands into a float32 result
-            x_bD = x_bD.to(self.dtype)
-        first = self.shards[rank].start
-        for tile_sD in shown_SD.split(max(64, _TILE_NUMBERS[x_bD.device.type] // len(x_bD))):
-            cos_bs = _cosines(x_bD, tile_sD).masked_fill_((tile_sD == 0).all(1), float("-inf"))
-            cos_b, column_b = cos_bs.max(1)
-            better_b = (cos_b > best_b) & self.taking_part_P[part]  # not >=: ties stay with the smaller index
-            index_b.copy_(torch.where(better_b, column_b + first, index_b))
-            best_b.copy_(torch.where(better_b, cos_b, best_b))
-            first += len(tile_sD)
+        # Only GPUs multiply bf16 operands into a float32 result fast.
+        operand_sD = shown_SD.to(x_bD.dtype if x_bD.is_cuda else self.dtype)
+        if len(place_s) < len(shown_SD):
+            operand_sD = operand_sD[place_s]
+        nothing_b = torch.full_like(index_b, -1)
+        find = nearest_choice.top_two(operand_sD)
+        cos_b, column_b, _ = find(x_bD.to(operand_sD.dtype), operand_sD, nothing_b)
+        better_b = (cos_b > best_b) & self.taking_part_P[part]  # not >=: ties stay with the smaller index
+        index_b.copy_(torch.where(better_b, place_s[column_b] + self.shards[rank].start, index_b))
+        best_b.copy_(torch.where(better_b, cos_b, best_b))
 
     def _seed(self) -> None:
         self._shown = None

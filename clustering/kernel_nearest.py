@@ -104,7 +104,8 @@ def _run(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor, launch: Launch) -> 
         D=D, BLOCK_N=launch.points, BLOCK_C=launch.centres, BLOCK_K=launch.columns,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
-    first_b, split_b = first_Pb.max(0)
+    first_b = first_Pb.amax(0)
+    split_b = (first_Pb == first_b).int().argmax(0)  # the first of equals
     others_Pb = first_Pb.scatter(0, split_b[None], float("-inf"))
     second_b = others_Pb.amax(0).maximum(second_Pb.amax(0))
     return first_b, column_Pb.gather(0, split_b[None])[0], second_b

@@ -103,23 +103,24 @@ def _folded(values_qD: Tensor) -> Tensor:
 
 
 def top_two(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest cosine of each point, float32 (b,), its column, int64, and the largest of the others; -inf for none.
+    """The largest cosine of each point, (b,), its column, int64, and the largest of the others, (b,); -inf for none.
 
-    operand_sD: centres, float32 or bfloat16, as the products take them; points are rounded alike. hidden_b: int64, a
-    column that does not count, -1 for none. s >= 1.
+    operand_sD: centres as the products take them, float32 or bfloat16 for cosines in float32, or float64; points are
+    rounded alike. hidden_b: int64, a column that does not count, -1 for none. s >= 1. The first of equals is taken.
     """
     b, s, dtype = len(x_bD), len(operand_sD), operand_sD.dtype
+    result = torch.float64 if dtype == torch.float64 else torch.float32
     rows, columns = _TILE[x_bD.device.type]
-    first_b, second_b = (torch.full((b,), NONE, device=x_bD.device) for _ in range(2))
+    first_b, second_b = (torch.full((b,), NONE, dtype=result, device=x_bD.device) for _ in range(2))
     column_b = torch.zeros(b, dtype=torch.int64, device=x_bD.device)
-    buffer = torch.empty(min(rows, b) * min(columns, s), device=x_bD.device)
+    buffer = torch.empty(min(rows, b) * min(columns, s), dtype=result, device=x_bD.device)
     for top in range(0, b, rows):
         part = slice(top, top + rows)
         x_nD, hidden_n = x_bD[part], hidden_b[part]
         for left in range(0, s, columns):
             tile_tD = operand_sD[left : left + columns]
             cosine_nt = buffer[: len(x_nD) * len(tile_tD)].view(len(x_nD), len(tile_tD))
-            if dtype == torch.float32:
+            if dtype == x_nD.dtype == result:
                 torch.mm(x_nD, tile_tD.T, out=cosine_nt)
             else:
                 cosine_nt.copy_(product(x_nD, tile_tD.T, dtype))
