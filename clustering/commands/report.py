@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from clustering.commands.names import identities
 from clustering.commands.page import View, render
 from clustering.commands.thumbnails import Thumbnails
 from clustering.findings import Findings
@@ -137,8 +138,8 @@ def _view(args: argparse.Namespace, data: Labelled, findings: Findings, records:
     if not cut.separates:
         warnings.append(
             f"The embeddings hardly tell labels apart: a usual pair of a label has a cosine of {cut.within:.3f}, and "
-            f"one pair in a hundred across labels exceeds {cut.stranger:.3f}. Nothing below means much. Is row i sample "
-            "i? Has the network been trained?"
+            f"one pair in a hundred across labels exceeds {cut.stranger:.3f}. Nothing below means much. Is row i of "
+            "sample i? Has the network been trained?"
         )
     if len(data.without):
         few = ", ".join(map(str, data.without[:10].tolist()))
@@ -150,13 +151,13 @@ def _view(args: argparse.Namespace, data: Labelled, findings: Findings, records:
         flags = "--relabel --drop-noise --merge-duplicates --split --drop-copies"
         folder = shlex.quote(str(args.records))
         clean = f"python -m clustering clean {shlex.quote(str(args.out))} --records {folder} --out CLEANED {flags}"
-    identities = _identities(records)
+    names = [] if records is None else identities(records)
     return View(
         title=f"Report on {args.records or args.labels}",
         facts=facts,
         warnings=warnings,
         samples_of=_Ordinary(data, findings),
-        name_of=lambda label: identities[label] if label < len(identities) else "",
+        name_of=lambda label: names[label] if names else "",
         thumbnail=None if records is None else Thumbnails(records),
         clean=clean,
     )
@@ -177,17 +178,6 @@ class _Ordinary:
             left = [sample for sample in samples if sample not in self._spoken_of]
             self._known[label] = (left or samples)[:_SHOWN]
         return self._known[label]
-
-
-def _identities(records: RecordSet | None) -> list[str]:
-    """Names of the labels that `python -m data pack folder` wrote beside the records, if it did."""
-    if records is None:
-        return []
-    try:
-        names = (records.folder / "identities.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    return names if len(names) == records.num_classes else []
 
 
 def _say(out: Path, findings: Findings, view: View) -> None:

@@ -1,0 +1,14 @@
+"""Names of the labels of a record set."""
+
+from __future__ import annotations
+
+from data.records import RecordSet
+
+
+def identities(records: RecordSet) -> list[str]:
+    """Names of all labels, as `python -m data pack folder` writes them beside the records; [] where they are not there."""
+    try:
+        names = (records.folder / "identities.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    return names if len(names) == records.num_classes else []
