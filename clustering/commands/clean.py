@@ -87,7 +87,7 @@ def _clean(args: argparse.Namespace) -> None:
     )
     if not actions.any:
         raise InputError(
-            "expected at least one of --relabel, --drop-noise, --split, --merge-duplicates, --drop-copies and --min-images"
+            "expected at least one of --relabel, --drop-noise, --split, --merge-duplicates, --drop-copies, --min-images"
         )
     _check_out(args.out, args.records, args.report)
     records = RecordSet.open(args.records)
@@ -104,9 +104,7 @@ def _check_out(out: Path, records: Path, report: Path) -> None:
     for name, folder in (("--records", records), ("the report", report)):
         one, other = out.resolve(), folder.resolve()
         if one == other or one in other.parents or other in one.parents:
-            raise InputError(
-                f"--out {out}: expected a folder apart from {name} ({folder}), got one that holds the other"
-            )
+            raise InputError(f"--out {out}: expected a folder apart from {name} ({folder}), got one inside the other")
     there = [name for name in _FILES if (out / name).exists()]
     if there:
         raise InputError(f"--out {out}: expected no set there, found {there[0]}: name another folder")
