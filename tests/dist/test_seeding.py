@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -233,14 +234,21 @@ def test_state_of_a_job(ranks: RankPool, tmp_path: Path, world_size: int) -> Non
         assert "--force" in error
 
 
+def _damaged(group: dist.ProcessGroup, folder: Path) -> str:
+    try:
+        JobState(folder, {"seed": 1}, group, CPU).read()
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 def test_damaged_state(ranks: RankPool, tmp_path: Path) -> None:
-    for content in (
-        "",
-        "{",
-        "[]",
-        '{"fingerprint": {}}',
-        '{"fingerprint": 3, "number": 1, "values": {}, "arrays": {}}',
-    ):
+    whole = {"fingerprint": {"seed": 1}, "number": 1, "values": {}, "arrays": {}}
+    for content in ("", "{", "[]", '{"fingerprint": {}}', *(json.dumps({**whole, name: "3"}) for name in whole)):
         (tmp_path / "state.json").write_text(content)
-        with pytest.raises(AssertionError, match=r"damaged: start over with --force"):
-            ranks.run(1, _state, tmp_path)
+        for error in ranks.run(2, _damaged, tmp_path):
+            assert "state.json: damaged: start over with --force" in error
+    (tmp_path / "state.json").write_text(json.dumps({**whole, "arrays": {"centres": "../x.npy"}}))
+    assert "damaged" in ranks.run(1, _damaged, tmp_path)[0]
+    (tmp_path / "state.json").write_text(json.dumps(whole))
+    assert not ranks.run(1, _damaged, tmp_path)[0]
