@@ -83,7 +83,7 @@ class Lloyd:
         self._own = shard_of(dist.get_rank(group), dist.get_world_size(group), num_clusters)
         device = centres_SD.device
         block = block if block is not None else _BLOCK.get(device.type, 4096)
-        agree(problem_of_centres(centres_SD, self._own, rows.dim, block), group, device)
+        agree(problem_of_centres(centres_SD, self._own, num_clusters, rows.dim, block), group, device)
         P = len(rows)
         self.total = int(all_reduce_(torch.tensor(P, device=device), group))
         """Points of all ranks."""

@@ -25,8 +25,10 @@ def agree(problem: str, group: dist.ProcessGroup, device: torch.device) -> None:
         raise ValueError(problem or "another rank was given rows, centres or sizes that do not fit: see its error")
 
 
-def problem_of_centres(centres_SD: Tensor, own: Shard, dim: int, block: int) -> str:
+def problem_of_centres(centres_SD: Tensor, own: Shard, num_clusters: int, dim: int, block: int) -> str:
     """Why these centres cannot be this rank's; empty where they can."""
+    if num_clusters < 1 or dim < 1:
+        return f"expected at least 1 cluster and 1 dimension, got {num_clusters} and {dim}"
     if block < 1:
         return f"block: expected at least 1 point at a time, got {block}"
     if centres_SD.dtype != torch.float32 or tuple(centres_SD.shape) != (own.size, dim):

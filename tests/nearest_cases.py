@@ -86,3 +86,20 @@ def check_ties(device: str, kernels: bool, dtype: torch.dtype) -> None:
             others_b = cosine_bs.scatter(1, index_b[:, None], float("-inf")).amax(1)
             assert (state.second_b.cpu() >= others_b - tolerance(dtype)).all()
             assert (state.second_b.cpu() <= state.best_b.cpu() + tolerance(dtype)).all()
+
+
+def check_collapsed(device: str, kernels: bool) -> None:
+    """Points and centres that all but coincide, copies among the centres: thinned out, and still exact."""
+    base_D = unit(1, 60, seed=6)
+    centres_sD = F.normalize(base_D + 1e-5 * unit(150, 60, seed=7))
+    centres_sD[70:140] = centres_sD[0:70]
+    centres_sD[145:] = centres_sD[144]
+    x_bD = F.normalize(base_D + 1e-5 * unit(123, 60, seed=8))
+    cosine_bs, index_b = exact(x_bD, centres_sD)
+    state = Nearest.unknown(123, torch.device(device))
+    state.index_b[:] = torch.arange(123, device=device)  # their own; nearer ones are found, and the first of copies
+    state.best_b.copy_(cosine_bs[torch.arange(123), torch.arange(123)])
+    centres_sD = centres_sD.to(device)
+    nearest_(state, x_bD.to(device), centres_sD, centres_sD, torch.arange(150, device=device), kernels=kernels)
+    assert torch.equal(state.index_b.cpu(), index_b)
+    torch.testing.assert_close(state.best_b.cpu(), cosine_bs.amax(1), rtol=0, atol=1e-15)

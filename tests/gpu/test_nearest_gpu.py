@@ -1,4 +1,4 @@
-"""The nearest centres on a GPU, by the kernel and by torch, against float64 truth; whole iterations as on CPUs."""
+"""The nearest centres on a GPU, by the kernel and by torch, against float64 truth."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def test_the_two_largest_cosines(case: Case, kernel: bool) -> None:
 @pytest.mark.parametrize("kernel", [False, True])
 def test_ties_go_to_the_smaller_cluster_in_any_order_of_tiles(kernel: bool, dtype: torch.dtype) -> None:
     nearest_cases.check_ties("cuda", kernel, dtype)
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_data_that_has_collapsed_is_told_apart_exactly(kernel: bool) -> None:
+    nearest_cases.check_collapsed("cuda", kernel)
 
 
 @pytest.mark.parametrize("D", [1, 7, 123, 512])

@@ -41,6 +41,10 @@ def test_ties_go_to_the_smaller_cluster_in_any_order_of_tiles(dtype: torch.dtype
     nearest_cases.check_ties("cpu", False, dtype)
 
 
+def test_data_that_has_collapsed_is_told_apart_exactly() -> None:
+    nearest_cases.check_collapsed("cpu", False)
+
+
 @needs_triton
 @pytest.mark.parametrize("case", [case for case in CASES if case.centres < 1000], ids=str)
 def test_kernel_finds_the_two_largest_cosines(interpreter: Run, case: Case) -> None:
