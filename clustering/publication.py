@@ -153,7 +153,8 @@ class Publication:
         hard_C = hard_level(f_C, rho_C, n_C, purity_weight=c.purity_weight, shrinkage=c.shrinkage)
         if self._previous is not None:
             hard_C = torch.lerp(hard_C, former_C, c.hard_level_momentum)
-        suspects = suspects_C.sum()
+        # Suspects that the margin softmax sees, at the smallest margin.
+        trained = suspects_C.sum() * (not c.drop_suspects)
         if c.margin_rule == "kappaface":
             dim = self._anchor_RD.shape[1]
             margin_C = kappaface_margins(rho_C, n_C, dim=dim, margin=self._margin)
@@ -161,14 +162,15 @@ class Publication:
             margin_C = class_margins(
                 hard_C,
                 n_C,
-                suspects=suspects,
+                suspects=trained,
                 margin=self._margin,
                 low=c.margin_low,
                 high=c.margin_high,
                 delta=c.margin_delta,
                 direction=c.direction,
             )
-        self._f_C, self._n_C, self._hard_C, self._margin_C, self._suspects = f_C, n_C, hard_C, margin_C, suspects
+        self._f_C, self._n_C, self._hard_C, self._margin_C = f_C, n_C, hard_C, margin_C
+        self._suspects, self._trained = suspects_C.sum(), trained
 
     def _match(self) -> None:
         def attempt(work: Callable[[], Tensor], nothing_K: Tensor) -> Tensor:
@@ -269,7 +271,7 @@ class Publication:
         }
         for name, values_C, centre in (
             ("hard_level", self._hard_C, weighted_mean(self._hard_C, n_C)),
-            ("margin", self._margin_C, mean_margin(self._margin_C, n_C, self._suspects)),
+            ("margin", self._margin_C, mean_margin(self._margin_C, n_C, self._trained)),
         ):
             deviation = weighted_mean((values_C - weighted_mean(values_C, n_C)).square(), n_C).sqrt()
             numbers |= {f"{name}_mean": float(centre), f"{name}_deviation": float(deviation)}

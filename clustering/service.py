@@ -2,7 +2,7 @@
 
     observe(batch)    after each micro-batch: bank and centres take its embeddings in
     advance(step)     after each optimizer step: a few slices of the refresh under way; publishes at its end
-    row_margins, hard_classes, contrastive, alignment, ramp     read by the losses of a step
+    row_margins, row_labels, hard_classes, contrastive, alignment, ramp     read by the losses of a step
 
 Legend: N rows of the global batch, D embedding size, R classes of this rank, K clusters, M = N x k hard classes.
 """
@@ -121,6 +121,14 @@ class ClusterService:
         _, suspect_N = self._published.cluster_of(batch)
         smallest = ramped(self._published.smallest, self.margin, self.ramp(self._done))
         return torch.where(suspect_N & here_N, smallest, margin_N)
+
+    def row_labels(self, batch: GatheredBatch) -> Tensor:
+        """Labels as the margin softmax takes them, int64 (N,): with `drop_suspects`, -1 for suspects while the ramp
+        is above 0. The same on every rank. No collective, no host sync.
+        """
+        if self._published is None or not self.config.drop_suspects or self.ramp(self._done) == 0:
+            return batch.labels_N
+        return torch.where(self._published.cluster_of(batch)[1], -1, batch.labels_N)
 
     def hard_classes(self, batch: GatheredBatch) -> Tensor | None:
         """The `hard_negatives` nearest classes of each row's class, int64 (M,), repetitions and -1 for none among them.
@@ -245,6 +253,10 @@ class ClusterService:
         if self._published is not None:
             values |= {f"clusters/{name}": value for name, value in self._published.statistics.items()}
         return values
+
+    def suspects(self) -> Tensor | None:
+        """Samples that look mislabelled in the version in use, bool (num_samples,); None before the first."""
+        return None if self._published is None else self._published.code_I < 0
 
     def easiest_and_hardest(self, count: int) -> list[ClassReport] | None:
         """As `clustering.class_report` has it; None before the first publication. One all-reduce after it."""

@@ -94,6 +94,8 @@ class ClusteringConfig:
     """Weight of 1 - F in the hard level; the rest goes to 1 - rho, the spread within the class."""
     noise_gate: bool = True
     """Leave samples that look mislabelled out of hard level, centres and contrastive loss."""
+    drop_suspects: bool = False
+    """Leave samples that look mislabelled out of the margin softmax too, once the ramp has begun."""
     warmup_fraction: float = 0.2
     """Share of all steps trained as plain ArcFace."""
     ramp_fraction: float = 0.1

@@ -1,0 +1,1 @@
+"""Does cluster guidance help? Cells, arms, paired seeds and two kinds of data, decided before the runs."""

@@ -1,0 +1,81 @@
+"""Arms of the experiment, and the settings that each may try before the runs: as many for all.
+
+Every arm has three tries, on validation identities of seeds that the runs do not use; ArcFace's three margins are
+arms of their own, so that it is compared at its best afterwards as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.experiments.fitting import Recipe
+from configs.head import HeadConfig
+from configs.schema import ClusteringConfig
+
+SCALE = 24.0  # some hundred classes; configs/head.py says 30 for fewer than some thousand
+MARGINS = (0.3, 0.5, 0.7)
+_KAPPA_MARGINS = (0.7, 1.0, 1.3)  # their mean margin is a third to two thirds of it
+_SPREAD = 0.15  # bounds of class margins about their mean
+_OFF: dict[str, Any] = {
+    "direction": 0,
+    "contrastive_weight": 0.0,
+    "alignment_weight": 0.0,
+    "noise_gate": False,
+    "drop_suspects": False,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A method; `recipe(margin)` is it at one of `margins`."""
+
+    about: str
+    margins: tuple[float, ...]
+    recipe: Callable[[float], Recipe]
+
+
+def _arcface(margin: float, **head: Any) -> Recipe:
+    return Recipe(head=HeadConfig(scale=SCALE, margin=margin, **head))
+
+
+def _clusters(placebo: str = "", **settings: Any) -> Callable[[float], Recipe]:
+    def recipe(margin: float) -> Recipe:
+        bounds = {"margin_low": margin - _SPREAD, "margin_high": margin + _SPREAD}
+        clustering = ClusteringConfig(**{**bounds, **_OFF, **settings})
+        return replace(_arcface(margin), clustering=clustering, placebo=placebo)
+
+    return recipe
+
+
+def _kappaface(margin: float) -> Recipe:
+    settings = {**_OFF, "margin_rule": "kappaface", "warmup_fraction": 0.0, "ramp_fraction": 0.0}
+    return replace(_arcface(margin), clustering=ClusteringConfig(**settings))
+
+
+_GATE: dict[str, Any] = {"noise_gate": True}
+_DROP: dict[str, Any] = {**_GATE, "drop_suspects": True}
+_PULL: dict[str, Any] = {"contrastive_weight": 0.5}
+_ALIGN: dict[str, Any] = {"alignment_weight": 0.1}
+_FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
+
+ARMS: dict[str, Arm] = {
+    **{f"arcface {margin}": Arm(f"ArcFace, margin {margin}", (margin,), _arcface) for margin in MARGINS},
+    "kappaface": Arm("KappaFace's margins", _KAPPA_MARGINS, _kappaface),
+    "subcentres": Arm("ArcFace, 3 sub-centres", MARGINS, lambda margin: _arcface(margin, subcentres=3)),
+    "harder larger": Arm("hard classes get larger margins; gated", MARGINS, _clusters(**_GATE, direction=1)),
+    "harder smaller": Arm("hard classes get smaller margins; gated", MARGINS, _clusters(**_GATE, direction=-1)),
+    "larger, ungated": Arm("hard classes get larger margins; no gate", MARGINS, _clusters(direction=1)),
+    "smaller, ungated": Arm("hard classes get smaller margins; no gate", MARGINS, _clusters(direction=-1)),
+    "drop": Arm("suspects leave the margin softmax, nothing else", MARGINS, _clusters(**_DROP)),
+    "pull": Arm("contrastive loss alone", MARGINS, _clusters(**_GATE, **_PULL)),
+    "pull, align": Arm("contrastive and alignment losses", MARGINS, _clusters(**_GATE, **_PULL, **_ALIGN)),
+    "full": Arm("everything", MARGINS, _clusters(**_FULL)),
+    "full, levels shuffled": Arm("placebo: the hard level of another class", MARGINS, _clusters("levels", **_FULL)),
+    "full, all shuffled": Arm(
+        "placebo: besides, classes as clusters, and suspects by lot",
+        MARGINS,
+        _clusters("everything", **_FULL),
+    ),
+}

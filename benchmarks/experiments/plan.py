@@ -1,0 +1,70 @@
+"""What was decided before the runs: seeds, cells, the questions, and how settings are chosen.
+
+Primary measure: TAR at a FAR of 1e-3 over all pairs of held-out identities. Primary cell: noise and long tail, on both
+kinds of data. Primary questions, there, on seeds that nothing was tuned on:
+
+1. full against ArcFace at the best of its three margins, best by the very runs that are compared;
+2. full against the placebo in which hard levels are dealt out anew;
+3. full against the placebo in which everything that clusters say is replaced.
+
+Each is answered by Wilcoxon's signed ranks over paired seeds, two-sided, with Holm's correction over the three. On
+clean data, full must not be worse than the best ArcFace by more than 0.2 points. All other arms and cells are shown
+beside them, with Holm's correction over the arms of a cell, and decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.experiments.arms import ARMS
+from benchmarks.experiments.runs import Result, Run
+
+TUNING_CELL = "noise tail"
+TUNING_SEEDS = (100, 101, 102)
+SEEDS = tuple(range(10))
+PRIMARY_CELLS = ("noise tail", "clean")
+WORSE_AT_MOST = 0.2
+ARCFACE = [name for name in ARMS if name.startswith("arcface")]
+AGAINST = ("full, levels shuffled", "full, all shuffled")
+
+Margins = Mapping[tuple[str, str], float]
+
+
+def tuning_runs(kinds: Sequence[str], arms: Sequence[str]) -> list[Run]:
+    """Every arm's tries."""
+    return [
+        Run("features", kind, TUNING_CELL, arm, margin, seed)
+        for seed in TUNING_SEEDS
+        for kind in kinds
+        for arm in arms
+        for margin in ARMS[arm].margins
+    ]
+
+
+def chosen_margins(results: Sequence[Result]) -> dict[tuple[str, str], float]:
+    """Of each (kind, arm) the margin of the best mean TAR on validation identities; ties to the smaller margin."""
+    tries: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for result in results:
+        if result["seed"] in TUNING_SEEDS and result["cell"] == TUNING_CELL and result["tier"] == "features":
+            arm = tries.setdefault((result["kind"], result["arm"]), {})
+            arm.setdefault(result["margin"], []).append(result["validation"][0])
+    return {
+        key: min(margins, key=lambda margin: (-sum(margins[margin]) / len(margins[margin]), margin))
+        for key, margins in tries.items()
+    }
+
+
+def final_runs(
+    tier: str, kinds: Sequence[str], cells: Sequence[str], arms: Sequence[str], margins: Margins
+) -> list[Run]:
+    """Seed by seed, so that an experiment that is broken off has compared the same seeds for every arm.
+
+    Raises KeyError where an arm has no margin yet.
+    """
+    return [
+        Run(tier, kind, cell, arm, margins[kind, arm], seed)
+        for seed in SEEDS
+        for cell in cells
+        for kind in kinds
+        for arm in arms
+    ]

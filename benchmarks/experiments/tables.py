@@ -1,0 +1,150 @@
+"""What the runs say: a table for each kind and cell, the primary questions, and a picture of all differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.experiments.arms import ARMS
+from benchmarks.experiments.plan import AGAINST, ARCFACE, PRIMARY_CELLS, SEEDS, WORSE_AT_MOST
+from benchmarks.experiments.runs import Result
+from benchmarks.experiments.statistics import Comparison, compare, holm
+from benchmarks.report import markdown_table
+
+HEADER = (
+    "seeds",
+    "arm",
+    "margin",
+    "TAR@1e-3",
+    "against best ArcFace",
+    "p (Holm)",
+    "TAR@1e-4",
+    "loss",
+    "suspects P / R",
+)
+
+By_arm = dict[str, dict[int, Result]]
+
+
+def group(results: Sequence[Result], tier: str) -> dict[tuple[str, str], By_arm]:
+    """(kind, cell) to arm to seed to its result; final seeds alone."""
+    cells: dict[tuple[str, str], By_arm] = {}
+    for result in results:
+        if result["tier"] == tier and result["seed"] in SEEDS:
+            arms = cells.setdefault((result["kind"], result["cell"]), {})
+            arms.setdefault(result["arm"], {})[result["seed"]] = result
+    return cells
+
+
+def paired(arms: By_arm, name: str, other: str, far: int = 0) -> Comparison | None:
+    """Over the seeds that both have; None with fewer than two."""
+    seeds = sorted(arms.get(name, {}).keys() & arms.get(other, {}).keys())
+    if len(seeds) < 2:
+        return None
+    first, second = ([arms[arm][seed]["test"][far] for seed in seeds] for arm in (name, other))
+    return compare(first, second)
+
+
+def best_arcface(arms: By_arm) -> str | None:
+    """By the mean of the very runs: the most that can be said for it."""
+    known = [name for name in ARCFACE if arms.get(name)]
+    return max(known, key=lambda name: _mean(arms[name], 0), default=None)
+
+
+def _mean(seeds: Mapping[int, Result], far: int) -> float:
+    return float(np.mean([result["test"][far] for result in seeds.values()]))
+
+
+def rows(arms: By_arm) -> list[tuple[str, ...]]:
+    """Texts as HEADER names them, arms in their order."""
+    best = best_arcface(arms)
+    against = {name: paired(arms, name, best) for name in ARMS if best and name in arms and name != best}
+    p_values = holm({name: found.p for name, found in against.items() if found and name not in ARCFACE})
+    return [
+        (
+            str(len(seeds)),
+            name,
+            f"{next(iter(seeds.values()))['margin']:g}",
+            f"{_mean(seeds, 0):.2f}",
+            "best" if name == best else _difference(against.get(name)),
+            f"{p_values[name]:.3f}" if name in p_values else "",
+            f"{_mean(seeds, 1):.2f}",
+            " -> ".join(f"{np.mean([result['loss'][epoch] for result in seeds.values()]):.2f}" for epoch in (0, 1)),
+            _suspects(list(seeds.values())),
+        )
+        for name in ARMS
+        if (seeds := arms.get(name))
+    ]
+
+
+def _difference(found: Comparison | None) -> str:
+    return "" if found is None else f"{found.mean:+.2f} ({found.low:+.2f} … {found.high:+.2f})"
+
+
+def _suspects(results: Sequence[Result]) -> str:
+    if not all("precision" in result for result in results):
+        return ""
+    return " / ".join(f"{np.mean([result[name] for result in results]):.2f}" for name in ("precision", "recall"))
+
+
+def answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
+    """A line for each primary question and kind that can be answered."""
+    noisy, clean = PRIMARY_CELLS
+    lines = []
+    for kind in sorted({kind for kind, _ in cells}):
+        arms = cells.get((kind, noisy), {})
+        others = [other for other in (best_arcface(arms), *AGAINST) if other]
+        found = {other: comparison for other in others if (comparison := paired(arms, "full", other))}
+        adjusted = holm({other: comparison.p for other, comparison in found.items()})
+        for other, comparison in found.items():
+            won = comparison.mean > 0 and adjusted[other] < 0.05
+            said = "yes" if won else "no"
+            lines.append(
+                f"{kind}, {noisy}: full above {other}? {said}: {_difference(comparison)}, p {adjusted[other]:.3f}"
+            )
+        arms = cells.get((kind, clean), {})
+        best = best_arcface(arms)
+        if best and (harmless := paired(arms, "full", best)):
+            said = "no" if harmless.mean >= -WORSE_AT_MOST else "yes"
+            lines.append(
+                f"{kind}, {clean}: full worse than {best} by over {WORSE_AT_MOST}? {said}: {_difference(harmless)}"
+            )
+    return lines
+
+
+def write(results: Sequence[Result], tier: str, about: Mapping[str, str], out: Path) -> None:
+    """Markdown with everything, beside it the picture."""
+    cells = group(results, tier)
+    text = f"# Does cluster guidance help? The tier of {tier}\n\n"
+    text += "".join(f"- {name}: {value}\n" for name, value in about.items())
+    text += "\n## The questions that were asked beforehand\n\n" + "".join(f"- {line}\n" for line in answers(cells))
+    for (kind, cell), arms in sorted(cells.items()):
+        text += f"\n## {kind}, {cell}\n\n{markdown_table(HEADER, rows(arms))}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    figure(cells).savefig(out.with_suffix(".png"), dpi=110)
+
+
+def figure(cells: Mapping[tuple[str, str], By_arm]) -> Figure:
+    """Differences to the best ArcFace with their intervals, a panel for each kind and cell."""
+    shown = sorted(cells)
+    drawn = Figure(figsize=(4.6 * max(1, len(shown)), 5.2), layout="constrained")
+    panels = drawn.subplots(1, max(1, len(shown)), sharey=True, squeeze=False)[0]
+    names = [name for name in ARMS if name not in ARCFACE]
+    for panel, key in zip(panels, shown, strict=False):
+        best = best_arcface(cells[key])
+        for place, name in enumerate(names):
+            if best and (found := paired(cells[key], name, best)):
+                colour = "tab:red" if "shuffled" in name else "tab:blue"
+                error = [[found.mean - found.low], [found.high - found.mean]]
+                panel.errorbar(found.mean, place, xerr=error, fmt="o", color=colour, capsize=3)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set_title(", ".join(key))
+        panel.set_xlabel(f"TAR@FAR=1e-3, points above {best}")
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    return drawn
