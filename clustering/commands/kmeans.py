@@ -162,7 +162,7 @@ def _cluster(args: argparse.Namespace, ranks: Ranks) -> None:
             seed=args.seed,
             product_dtype=_DTYPES[args.dtype],
         )
-        fingerprint = _fingerprint(args, settings, rows, survey.checksum)
+        fingerprint = together(lambda: _fingerprint(args, settings, rows, survey.checksum), group, device)
         state = JobState(_state(args), fingerprint, group, device)
         if args.force:
             state.remove()

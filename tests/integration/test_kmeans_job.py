@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from clustering import __main__ as command_line
+from clustering import files
 from clustering.job import Job
 from clustering.job_state import JobState
 from tests.integration.conftest import ROOT, call, environment
@@ -125,6 +126,16 @@ def test_ranks_end_with_the_same_bits(run: Run, embeddings: Path, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert _same(tmp_path / "one.npy", tmp_path / "two.npy")
+
+
+def test_rows_that_do_not_fit_into_memory(
+    run: Run, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (embeddings / "parts", "--k", 40, "--iterations", 4, "--seeding", "kmeans++")
+    assert run(*arguments, "--out", tmp_path / "kept.npy").returncode == 0
+    monkeypatch.setattr(files, "_free_memory", lambda device: 0)
+    assert run(*arguments, "--out", tmp_path / "read.npy").returncode == 0
+    assert _same(tmp_path / "kept.npy", tmp_path / "read.npy")
 
 
 STARTS: list[tuple[object, ...]] = [
