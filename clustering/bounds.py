@@ -22,15 +22,19 @@ _ANGLE_SLACK = 1e-5
 """Radians: rounding of arcus functions in float32, and of centres that are unit to 1e-7."""
 
 
+FAR = 5.0
+"""Drift of a centre that comes into being or is not known before: more than any bound, so never quiet."""
+
+
 def drift_angles(old_SD: Tensor, new_SD: Tensor) -> Tensor:
     """Angle by which each centre moved, rounded up, float32 (S,); exactly 0 where it did not.
 
-    2 asin(|new - old| / 2), as the arcus cosine of nearly 1 has half the digits. Pi for a centre that was or is zero.
+    2 asin(|new - old| / 2), as the arcus cosine of nearly 1 has half the digits. FAR for a centre that was or is zero.
     """
     angle_S = 2 * torch.asin((((new_SD - old_SD).norm(dim=1)) / 2).clamp_max(1)) * (1 + 1e-5) + _ANGLE_SLACK
     still_S = (old_SD == new_SD).all(1)
     born_S = (old_SD == 0).all(1) | (new_SD == 0).all(1)
-    drift_S: Tensor = angle_S.masked_fill(born_S, torch.pi).masked_fill(still_S, 0.0)
+    drift_S: Tensor = angle_S.masked_fill(born_S, FAR).masked_fill(still_S, 0.0)
     return drift_S
 
 

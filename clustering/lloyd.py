@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering.bounds import drift_angles
+from clustering.bounds import FAR, drift_angles
 from clustering.lloyd_assign import Assigner
 from clustering.lloyd_checks import agree, problem_of_centres
 from clustering.lloyd_repair import gather_rows, seeds
@@ -109,11 +109,10 @@ class Lloyd:
             dtype=product_dtype,
             block=block,
         )
-        self._sums = ClusterSums(
-            num_clusters=num_clusters, dim=rows.dim, points=self.total, group=group, device=device
-        )  # fmt: skip
+        sizes = {"num_clusters": num_clusters, "dim": rows.dim, "points": self.total}
+        self._sums = ClusterSums(**sizes, group=group, device=device)
         self._counts_K = torch.zeros(num_clusters, dtype=torch.int64, device=device)
-        self._drift_K = torch.full((num_clusters,), torch.pi, device=device)
+        self._drift_K = torch.full((num_clusters,), FAR, device=device)
 
     @torch.no_grad()
     def iterate(self) -> Iteration:

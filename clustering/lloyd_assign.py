@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering.bounds import angles_at_least, angles_at_most, best_threshold, passing_counts, thresholds
+from clustering.bounds import FAR, angles_at_least, angles_at_most, best_threshold, passing_counts, thresholds
 from clustering.lloyd_checks import agree, problem_of_rows
 from clustering.lloyd_projection import Projections
 from clustering.nearest import NONE, Nearest, nearest_, row_dots, tolerance
@@ -87,7 +87,7 @@ class Assigner:
         """
         if self._real_P is None:
             self._real_P = self._checked()
-        known = self._bounds and bool((drift_K < torch.pi).any())
+        known = self._bounds and bool((drift_K < FAR).any())
         self._work = 0.0
         state, sample = self._look(centres_SD, index_P if known else torch.full_like(index_P, -1), known)
         delta, passing_P = self._part(state, drift_K) if known else (0.0, torch.zeros_like(self._real_P))

@@ -97,13 +97,13 @@ def find_(
 
     head_bd, head_sd: projections. Returns the number of pairs that were compared. CPUs only.
     """
-    row_parts, column_parts = [], []
-    hidden_b = columns_of(state.index_b, cluster_s)
+    hidden_b, pairs = columns_of(state.index_b, cluster_s), 0
     limit_b1 = projection.limits(head_bd)[:, None].numpy()
     buffer = torch.empty(min(_ROWS, len(head_bd)) * min(_COLUMNS, len(head_sd)))
     over = np.empty(len(buffer), dtype=np.bool_)
     for top in range(0, len(head_bd), _ROWS):
         part_nd, limit_n1 = head_bd[top : top + _ROWS], limit_b1[top : top + _ROWS]
+        row_parts, column_parts = [], []
         for left in range(0, len(head_sd), _COLUMNS):
             tile_td = head_sd[left : left + _COLUMNS]
             size = len(part_nd) * len(tile_td)
@@ -112,12 +112,13 @@ def find_(
             place_q = np.flatnonzero(over[:size])  # both 0.3 ns a number; torch takes 5
             row_parts.append(torch.from_numpy(place_q // len(tile_td) + top))
             column_parts.append(torch.from_numpy(place_q % len(tile_td) + left))
-    row_q, column_q = torch.cat(row_parts), torch.cat(column_parts)
-    other_q = hidden_b[row_q] != column_q
-    row_q, column_q = row_q[other_q], column_q[other_q]
-    if len(row_q):
-        state.offer_pairs_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
-    return len(row_q)
+        row_q, column_q = torch.cat(row_parts), torch.cat(column_parts)
+        other_q = hidden_b[row_q] != column_q
+        row_q, column_q = row_q[other_q], column_q[other_q]
+        pairs += len(row_q)
+        if len(row_q):
+            state.offer_pairs_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
+    return pairs
 
 
 class Sample:

@@ -42,6 +42,7 @@ CASES = {
     "fewer seeds than groups": Case(900, 30, 64, groups=60, iterations=8),
     "empty clusters": Case(252, 60, 16, groups=12, same_centres=20, iterations=6),
     "centres not there yet": Case(252, 30, 16, groups=12, zero_centres=12, zero_points=9),
+    "one centre so far": Case(123, 4, 7, groups=2, zero_centres=3),
     "no centre at all": Case(20, 5, 7, zero_centres=5, iterations=2),
     "copies": Case(40, 30, 24, groups=10, copies=5, same_centres=4),
     "more clusters than points": Case(7, 12, 5),
