@@ -19,7 +19,7 @@ NOISE_ROWS, GROUP_ROWS, COPY_ROWS, LABEL_ROWS = 60, 25, 30, 20
 """Findings of each kind that are shown; the CSV files have all."""
 _PICTURES = 7
 """Of a label beside a single image."""
-_ROW = 8
+_ROW = 12
 """Of a label or group in a row of its own."""
 
 Thumbnail = Callable[[int], "bytes | None"]
@@ -35,7 +35,7 @@ class View:
     """(name, value) lines about the input."""
     warnings: Sequence[str]
     samples_of: Callable[[int], Sequence[int]]
-    """Samples of a label that no finding speaks of, some 8 of them."""
+    """Samples of a label that no finding speaks of, some 12 of them."""
     name_of: Callable[[int], str]
     """What to call a label."""
     thumbnail: Thumbnail | None
@@ -163,7 +163,7 @@ def _noise(row: Noise, view: View) -> str:
 
 def _duplicate(row: Duplicate, view: View) -> str:
     rows = "".join(
-        _strip(f"{_label(label, view)}, {samples} samples", view.samples_of(label)[:_ROW], view)
+        _strip(f"label {_label(label, view)}, {samples} samples", view.samples_of(label)[:_ROW], view)
         for label, samples in ((row.label, row.samples), (row.other_label, row.other_samples))
     )
     return f'<article><header><b class="score">{row.score:.2f}</b></header><div class="rows">{rows}</div></article>\n'

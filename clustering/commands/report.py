@@ -28,7 +28,7 @@ from data.records import RecordSet
 from training.distributed import open_ranks
 
 _PAGE = "index.html"
-_SHOWN = 8
+_SHOWN = 12
 _EPILOG = """
 Written are OUT/index.html, a page to look at, and noise.csv, duplicates.csv, splits.csv, copies.csv and classes.csv
 with all findings. `python -m clustering clean` acts on them. Embeddings come from `python -m evaluation embed`.
