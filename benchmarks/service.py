@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import facts, publish
-from benchmarks.service_demo import DemoTimes, demo_times
+from benchmarks.service_demo import UNTIMED, DemoTimes, demo_times
 from benchmarks.service_parts import Part, measure_parts
 from configs.schema import ConfigError, TrainConfig
 from training.demo import SMALL, DemoError, Size, pack
@@ -103,7 +103,7 @@ def _part_rows(parts: dict[str, Part], shape: Shape) -> tuple[list[tuple[str, ..
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.service", description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, default=3, help="of the demo, default 3: all but the first are timed")
+    parser.add_argument("--epochs", type=int, default=4, help="of the demo, default 4: all but the first two are timed")
     parser.add_argument("--data", type=Path, default=Path("runs/demo/data"), help="the demo's records, made if missing")
     parser.add_argument("--small", action="store_true", help="a few seconds of it, on small records")
     parser.add_argument("--only", choices=["demo", "parts"], help="one of the two questions")
@@ -116,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     args = parser.parse_args(arguments)
-    if args.epochs < 2:
-        parser.error(f"expected --epochs of at least 2, got {args.epochs}")
+    if args.epochs <= UNTIMED:
+        parser.error(f"expected --epochs of at least {UNTIMED + 1}, got {args.epochs}")
     try:
         if args.only != "parts":
             pack(args.data, SMALL if args.small else Size())
