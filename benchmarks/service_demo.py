@@ -80,7 +80,7 @@ def demo_times(data: Path, folder: Path, epochs: int, ranks: Ranks, *, small: bo
         words=(
             f"B = {guided.global_batch}, {guided.records.num_classes} classes, {service.num_clusters} clusters, "
             f"{guided.records.num_samples} samples; {service.version - before} refreshes in {timed} timed steps; "
-            f"by the clock head and losses {1000 * head / timed:.1f} ms a step (plain {1000 * plain_head:.1f}), bank, centres and "
-            f"slices {1000 * cluster / timed:.1f}"
+            f"by the clock head and losses {1000 * head / timed:.1f} ms a step (plain {1000 * plain_head:.1f}), bank, "
+            f"centres and slices {1000 * cluster / timed:.1f}"
         ),
     )
