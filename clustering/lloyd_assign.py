@@ -125,8 +125,7 @@ class Assigner:
         state.index_b.copy_(index_P)
         for shard, shown_SD in self._shown(centres_SD):
             for part_b, x_bD in self._pieces(((index_P >= shard.start) & (index_P < shard.stop)).nonzero()[:, 0]):
-                place_b = torch.arange(len(x_bD), device=self._device)
-                state.best_b[part_b] = row_dots(x_bD, place_b, shown_SD, index_P[part_b] - shard.start)
+                state.best_b[part_b] = row_dots(x_bD, None, shown_SD, index_P[part_b] - shard.start)
                 self._work += len(part_b)
             if sample:
                 sample.see(shown_SD[(shown_SD != 0).any(1)])

@@ -16,7 +16,7 @@ from partial_fc.collectives import all_reduce_
 
 _LEAST_CLUSTERS = 128
 """With fewer, a projection of the points costs about as much as the comparisons."""
-_SAMPLE, _SHARE = 512, 256
+_SAMPLE, _SHARE = 256, 256
 """At most so many points are looked at, at most one of so many."""
 _KEPT_BYTES = 1 << 30
 """Projections of the points take this much memory at most; where they need more, they are made when needed."""

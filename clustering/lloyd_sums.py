@@ -66,7 +66,7 @@ class ClusterSums:
     def unit_means(self, counts_S: Tensor, otherwise_SD: Tensor) -> Tensor:
         """Sums scaled to unit length, float32; a cluster without a point, or whose points cancel, keeps its row."""
         row_S = torch.arange(len(self._sums_SD), device=self._sums_SD.device)
-        length_S1 = row_dots(self._sums_SD, row_S, self._sums_SD, row_S).sqrt()[:, None]
+        length_S1 = row_dots(self._sums_SD, None, self._sums_SD, row_S).sqrt()[:, None]
         defined_S1 = (counts_S > 0)[:, None] & (length_S1 > 0)
         return torch.where(defined_S1, (self._sums_SD / length_S1).float(), otherwise_SD)
 

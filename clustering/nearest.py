@@ -23,7 +23,7 @@ from partial_fc.products import product
 NONE = float("-inf")
 _DOTS_AT_ONCE = 128
 """Rows of float64 that stay in a CPU core's cache."""
-_TILE = {"cpu": (512, 2048), "cuda": (8192, 8192)}
+_TILE = {"cpu": (2048, 512), "cuda": (8192, 8192)}
 """Points and centres of a tile: 4 MB of float32 on CPUs, 256 MB on GPUs."""
 _CROWD = 1 << 20
 """Cosines at a time of points whose nearest centre is not clear."""
@@ -82,18 +82,20 @@ class Nearest:
         self.offer_(row_b, index_b[row_b], best_b[row_b])
 
 
-def row_dots(a_XD: Tensor, row_q: Tensor, b_YD: Tensor, other_q: Tensor) -> Tensor:
-    """Dot products a[row_q] . b[other_q], float64 (q,). A pair has the same bits whatever other pairs there are.
+def row_dots(a_XD: Tensor, row_q: Tensor | None, b_YD: Tensor, other_q: Tensor) -> Tensor:
+    """Dot products a[row_q] . b[other_q], float64 (q,); all rows of a in order if row_q is None.
 
-    Products of float32 numbers are exact in float64, so what is left is rounding of 1e-16 a sum.
+    A pair has the same bits whatever other pairs there are. Products of float32 numbers are exact in float64, so what
+    is left is rounding of 1e-16 a sum.
     """
     if a_XD.is_cuda:
-        return _folded(a_XD[row_q].double() * b_YD[other_q])
-    parts = [
-        (a_XD.index_select(0, row).double() * b_YD.index_select(0, other)).sum(1)  # row by row on CPUs
-        for row, other in zip(row_q.split(_DOTS_AT_ONCE), other_q.split(_DOTS_AT_ONCE), strict=True)
-    ]
-    return torch.cat(parts)
+        return _folded((a_XD if row_q is None else a_XD[row_q]).double() * b_YD[other_q])
+    parts = []
+    for start in range(0, len(other_q), _DOTS_AT_ONCE):
+        part = slice(start, start + _DOTS_AT_ONCE)
+        a_qD = a_XD[part] if row_q is None else a_XD.index_select(0, row_q[part])
+        parts.append((a_qD.double() * b_YD.index_select(0, other_q[part])).sum(1))  # row by row on CPUs
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
 def _folded(values_qD: Tensor) -> Tensor:
@@ -196,7 +198,7 @@ def _rivals(best_n: Tensor, x_nD: Tensor, centres_sD: Tensor, hidden_n: Tensor) 
     _hide_(cosine_ns, hidden_n)
     rivals_ns = cosine_ns >= (cosine_ns.amax(1).maximum(best_n) - _ROUNDING)[:, None]
     column_s = torch.arange(len(centres_sD), device=centres_sD.device)
-    key_s = row_dots(centres_sD, column_s, centres_sD[:1], torch.zeros_like(column_s))  # equal for copies
+    key_s = row_dots(centres_sD, None, centres_sD[:1], torch.zeros_like(column_s))  # equal for copies
     order_s = key_s.argsort(stable=True)
     sorted_sD = centres_sD[order_s]
     copy_s = torch.zeros_like(column_s, dtype=torch.bool)

@@ -40,7 +40,7 @@ _LEVELS = 1 << 11
 """Of a histogram of -1 … 1."""
 _LIMITS = torch.arange(1, 39) / 40
 """Values of T worth a try."""
-_ROWS, _COLUMNS = 512, 2048  # of a tile on a CPU
+_ROWS, _COLUMNS = 2048, 512  # of a tile on a CPU
 _PAIR_COST = 40.0
 """A pair compared alone over a cosine of a product of matrices, at D = 512, on a CPU core."""
 _PASS_COST = 20.0

@@ -88,5 +88,5 @@ def _unit(x_QD: Tensor) -> Tensor:
         return x_QD.float()
     x_QD = x_QD.float()
     row_Q = torch.arange(len(x_QD), device=x_QD.device)
-    length_Q1 = row_dots(x_QD, row_Q, x_QD, row_Q).sqrt()[:, None]
+    length_Q1 = row_dots(x_QD, None, x_QD, row_Q).sqrt()[:, None]
     return torch.where(length_Q1 > 0, x_QD / length_Q1.float(), x_QD)

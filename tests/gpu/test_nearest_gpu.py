@@ -1,13 +1,20 @@
-"""The nearest centres on a GPU, by the kernel and by torch, against float64 truth."""
+"""The nearest centres on a GPU, by the kernel and by torch, against float64 truth; whole iterations as on a CPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from clustering.lloyd import Lloyd
 from clustering.nearest import row_dots
+from clustering.rows import TensorRows
 from tests import nearest_cases
+from tests.dist.test_lloyd import CASES as LLOYD_CASES
+from tests.dist.test_lloyd import data
 from tests.nearest_cases import BF16, CASES, FP32, Case, unit
+from tests.ranks import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -35,3 +42,28 @@ def test_a_dot_product_has_the_same_bits_among_others_as_alone(D: int) -> None:
     together_q = row_dots(x_XD, row_q, x_XD, row_q.flip(0))
     alone_q = [row_dots(x_XD, row_q[i : i + 1], x_XD, row_q.flip(0)[i : i + 1]) for i in range(0, 3000, 97)]
     assert torch.equal(together_q[::97], torch.cat(alone_q))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_iterations_lead_where_they_do_on_a_cpu(ranks: RankPool, dtype: torch.dtype) -> None:
+    (on_cpu,), (on_gpu,) = (ranks.run(1, _iterations, device, dtype) for device in ("cpu", "cuda"))
+    for one, other in zip(on_cpu, on_gpu, strict=True):
+        assert torch.equal(one[0], other[0])
+        torch.testing.assert_close(one[1], other[1], rtol=0, atol=1e-6)
+
+
+def _iterations(group: dist.ProcessGroup, device: str, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    x_ND, start_KD = data(LLOYD_CASES["fewer seeds than groups"])
+    lloyd = Lloyd(
+        TensorRows(x_ND.to(device)),
+        centres_SD=start_KD.to(device),
+        num_clusters=len(start_KD),
+        group=group,
+        product_dtype=dtype,
+        block=100,
+    )
+    found = []
+    for _ in range(6):
+        lloyd.iterate()
+        found.append((lloyd.index_P.cpu(), lloyd.centres_SD.cpu()))
+    return found

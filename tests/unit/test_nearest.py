@@ -106,6 +106,8 @@ def test_a_dot_product_has_the_same_bits_among_others_as_alone(D: int) -> None:
     together_q = row_dots(x_XD, row_q, y_YD, other_q)
     alone_q = torch.cat([row_dots(x_XD, row_q[i : i + 1], y_YD, other_q[i : i + 1]) for i in range(300)])
     assert torch.equal(together_q, alone_q)
+    assert torch.equal(row_dots(x_XD, None, y_YD, other_q), together_q)
+    assert row_dots(x_XD[:0], None, y_YD, other_q[:0]).shape == (0,)
     torch.testing.assert_close(together_q, (x_XD.double() * y_YD[other_q].double()).sum(1), rtol=0, atol=1e-15)
     torch.testing.assert_close(_folded(x_XD.double()), x_XD.double().sum(1), rtol=0, atol=1e-14)
 
