@@ -80,11 +80,12 @@ def _closeness(
     like_S = np.full(len(place_S), -1)
     G = len(groups.size_G)
     scale_G = 1 / (groups.size_G * np.sqrt(groups.rho_G * cut.within))
+    sum_GD = groups.sum_GD.astype(np.float32)
     first_C = np.searchsorted(groups.label_G, np.arange(data.num_labels + 1))
     for start in range(0, len(place_S), max(1, _TILE // max(1, G))):
         place_b = place_S[start : start + max(1, _TILE // max(1, G))]
-        x_bD = data.x_PD[place_b].astype(np.float64)
-        close_bG = (x_bD @ groups.sum_GD.T) * scale_G
+        x_bD = data.x_PD[place_b]
+        close_bG = (x_bD @ sum_GD.T).astype(np.float64) * scale_G
         for row, place in enumerate(place_b.tolist()):
             label = int(data.label_P[place])
             mine = slice(first_C[label], first_C[label + 1])

@@ -114,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     embed = commands.add_parser(
         "embed",
         help="embeddings of a record set, row i of sample i",
-        description="Also under torchrun: each rank embeds its part, all into one file.",
+        description="Under torchrun each rank embeds its part: torchrun --nproc_per_node=8 -m -- evaluation embed … "
+        "(without the -- torchrun takes --run for its own).",
         epilog=f"Example: {_EXAMPLE}",
     )
     embed.add_argument("--run", type=Path, metavar="FOLDER", help="a training's output: its config.yaml and weights")
