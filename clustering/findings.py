@@ -34,9 +34,11 @@ class Duplicate(NamedTuple):
     """Two labels that are probably one person."""
 
     score: float
-    """Mean cosine between them over the geometric mean of their own: 1 for one person."""
+    """The ratio, less half of what is usual around them."""
     label: int
     other_label: int
+    ratio: float
+    """Mean cosine between them over the geometric mean of their own: 1 for one person."""
     samples: int
     other_samples: int
 
@@ -97,7 +99,7 @@ class Findings:
     split: float
     """Ratio below which groups of a label were held for two persons."""
     duplicate: float
-    """Ratio from which on labels were held for one person."""
+    """Score from which on labels were held for one person."""
     iterations: int
     """Of k-means."""
 

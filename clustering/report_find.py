@@ -17,7 +17,7 @@ from clustering.findings import Copy, Duplicate, Findings, LabelState, Noise, Sp
 from clustering.report_clusters import Clusters, cluster
 from clustering.report_copies import find_copies
 from clustering.report_data import Doubles, Ints, Labelled
-from clustering.report_groups import DUPLICATE_FAR_OUT, decide_cut, far_out, group_labels
+from clustering.report_groups import DUPLICATE_FAR_OUT, LEAST_RATIO, decide_cut, far_out, group_labels
 from clustering.report_noise import find_noise, noise_from
 from clustering.report_persons import Groups, between, established, nearest_pairs
 
@@ -39,14 +39,12 @@ def find_all(
     clusters = cluster(data, group)
     progress("pairs of labels")
     same = nearest_pairs(groups, group)
-    nearest_G = np.zeros(len(groups.size_G))
-    for side_Q in (same.first_Q, same.second_Q):
-        np.maximum.at(nearest_G, side_Q, same.ratio_Q)
-    duplicate = far_out(nearest_G[groups.main_G], DUPLICATE_FAR_OUT, least=0.8, most=0.97, otherwise=0.9)
-    one_person = same.ratio_Q >= duplicate
+    best = same.best_G[groups.main_G]
+    duplicate = far_out(best[np.isfinite(best)], DUPLICATE_FAR_OUT, least=0.0, most=0.75, otherwise=0.5)
+    one_person = (same.contrast_Q >= duplicate) & (same.ratio_Q >= LEAST_RATIO)
     alike = np.stack([same.first_Q, same.second_Q], axis=1)[one_person]
-    duplicates = _duplicates(groups, alike, same.ratio_Q[one_person])
-    splits = _splits(data, groups, alike, same.ratio_Q[one_person], grouped.split)
+    duplicates = _duplicates(groups, alike, same.contrast_Q[one_person], same.ratio_Q[one_person])
+    splits = _splits(data, groups, alike, same.contrast_Q[one_person], grouped.split)
     progress("wrong labels")
     least = noise_from(data, groups, clusters, cut, alike)
     noise = find_noise(data, groups, clusters, cut, alike, least)
@@ -76,23 +74,23 @@ def _named(data: Labelled, place: int) -> tuple[int, int]:
     return int(data.sample_P[place]), int(data.label_P[place])
 
 
-def _duplicates(groups: Groups, alike: Ints, ratio: Doubles) -> list[Duplicate]:
+def _duplicates(groups: Groups, alike: Ints, contrast: Doubles, ratios: Doubles) -> list[Duplicate]:
     rows = []
-    for (first, second), score in zip(alike.tolist(), ratio.tolist(), strict=True):
+    for (first, second), score, ratio in zip(alike.tolist(), contrast.tolist(), ratios.tolist(), strict=True):
         if groups.main_G[first] and groups.main_G[second]:
             pair = sorted((int(groups.label_G[one]), int(groups.size_G[one])) for one in (first, second))
             (label, samples), (other_label, other_samples) = pair
-            rows.append(Duplicate(score, label, other_label, samples, other_samples))
+            rows.append(Duplicate(score, label, other_label, ratio, samples, other_samples))
     return sorted(rows, key=lambda row: (-row.score, row.label, row.other_label))
 
 
-def _splits(data: Labelled, groups: Groups, alike: Ints, ratio: Doubles, split: float) -> list[Split]:
+def _splits(data: Labelled, groups: Groups, alike: Ints, contrast: Doubles, split: float) -> list[Split]:
     minor = np.flatnonzero(~groups.main_G)
     main_C = np.full(data.num_labels, -1)
     main_C[groups.label_G[groups.main_G]] = np.flatnonzero(groups.main_G)
     main = main_C[groups.label_G[minor]]
     looks_like: dict[int, tuple[float, int]] = {}
-    for pair, score in zip(alike.tolist(), ratio.tolist(), strict=True):
+    for pair, score in zip(alike.tolist(), contrast.tolist(), strict=True):
         for one, other in (pair, pair[::-1]):
             label = int(groups.label_G[other])
             if groups.main_G[other] and (score, -label) > looks_like.get(one, (0.0, 0)):

@@ -29,9 +29,11 @@ LARGEST = 1024
 """Samples of a label that are joined by linkage (4 MB of cosines); further ones go to the nearest of its groups."""
 ESTABLISHED = 3
 """Members from which on a group says that there is a person: two images may be alike by accident."""
+LEAST_RATIO = 0.8
+"""Below this ratio two labels are not taken for one person, however far they stand out from others."""
 PRIOR_PAIRS = 3.0
 """Pairs at the usual cosine that every group gets in addition to its own: its own few say little."""
-SPLIT_FAR_OUT, DUPLICATE_FAR_OUT, NOISE_FAR_OUT = 4.0, 3.25, 3.5
+SPLIT_FAR_OUT, DUPLICATE_FAR_OUT, NOISE_FAR_OUT = 4.0, 3.5, 3.5
 """Robust standard deviations from the median of the usual ones at which a finding begins; docs/report.md says how they
 were chosen."""
 _ENOUGH = 30

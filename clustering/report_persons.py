@@ -16,8 +16,9 @@ from clustering.neighbours import nearest_classes
 from clustering.report_data import Bools, Doubles, Ints, Labelled
 from clustering.report_groups import ESTABLISHED, PRIOR_PAIRS, Cut
 
-_NEIGHBOURS = 8
-"""Nearest groups that are looked at for the same person."""
+_NEIGHBOURS = 12
+"""Nearest groups that are looked at for the same person; some may be of the same label."""
+_AROUND = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,23 +74,57 @@ class Same:
     second_Q: Ints
     ratio_Q: Doubles
     """Mean cosine between them over the geometric mean of their own: 1 for one person, whatever the sizes."""
+    contrast_Q: Doubles
+    """That ratio less half of what is usual around them: the mean ratio of each to its next _AROUND neighbours."""
+    best_G: Doubles
+    """Of each group the contrast to its nearest neighbour by its own surroundings alone; NaN without neighbours."""
 
 
 def nearest_pairs(groups: Groups, group: dist.ProcessGroup) -> Same:
-    """Each group with the nearest ones of other labels, each pair once, by (ratio descending, first, second).
+    """Each group with the nearest ones of other labels, each pair once, by (contrast descending, first, second).
 
+    Look-alikes come in crowds, a second label of the same person stands out from them: hence the contrast.
     G^2 D multiplications. group: of one rank. Collectives: those of `nearest_classes`.
     """
     unit_GD = groups.sum_GD / np.linalg.norm(groups.sum_GD, axis=1, keepdims=True).clip(1e-30)
     G = len(unit_GD)
     count = max(0, min(_NEIGHBOURS, G - 1))
     table_Gk = nearest_classes(torch.from_numpy(unit_GD.astype(np.float32)), G, count, group).numpy().astype(np.int64)
-    pair_Q2 = np.stack([np.repeat(np.arange(G), count), table_Gk.ravel()], axis=1)
-    pair_Q2 = np.unique(np.sort(pair_Q2[pair_Q2[:, 1] >= 0], axis=1), axis=0)
-    pair_Q2 = pair_Q2[groups.label_G[pair_Q2[:, 0]] != groups.label_G[pair_Q2[:, 1]]]
-    ratio_Q = between(groups, pair_Q2[:, 0], pair_Q2[:, 1])
-    order_Q = np.argsort(-ratio_Q, kind="stable")
-    return Same(first_Q=pair_Q2[order_Q, 0], second_Q=pair_Q2[order_Q, 1], ratio_Q=ratio_Q[order_Q])
+    own_Gk = np.broadcast_to(np.arange(G)[:, None], table_Gk.shape)
+    foreign_Gk = (table_Gk >= 0) & (groups.label_G[own_Gk] != groups.label_G[table_Gk])
+    ratio_Gk = between(groups, own_Gk.ravel(), table_Gk.ravel()).reshape(table_Gk.shape)
+    ratio_Gk = np.where(foreign_Gk, ratio_Gk, -np.inf)
+    order_Gk = np.argsort(-ratio_Gk, axis=1, kind="stable")
+    table_Gk, ratio_Gk = np.take_along_axis(table_Gk, order_Gk, 1), np.take_along_axis(ratio_Gk, order_Gk, 1)
+    foreign_Gk = np.isfinite(ratio_Gk)
+
+    first_Q = np.repeat(np.arange(G), count)[foreign_Gk.ravel()]
+    pair_Q2 = np.stack([first_Q, table_Gk[foreign_Gk]], axis=1)
+    pair_Q2 = np.unique(np.sort(pair_Q2, axis=1), axis=0)
+    first_Q, second_Q = pair_Q2[:, 0], pair_Q2[:, 1]
+    ratio_Q = between(groups, first_Q, second_Q)
+    around_Q = _around(table_Gk, ratio_Gk, first_Q, second_Q) + _around(table_Gk, ratio_Gk, second_Q, first_Q)
+    contrast_Q = ratio_Q - around_Q / 4
+    order_Q = np.argsort(-contrast_Q, kind="stable")
+    best_G = np.full(G, np.nan)
+    if count:
+        has = np.flatnonzero(foreign_Gk[:, 0])
+        best_G[has] = ratio_Gk[has, 0] - _around(table_Gk, ratio_Gk, has, table_Gk[has, 0]) / 2
+    return Same(
+        first_Q=first_Q[order_Q],
+        second_Q=second_Q[order_Q],
+        ratio_Q=ratio_Q[order_Q],
+        contrast_Q=contrast_Q[order_Q],
+        best_G=best_G,
+    )
+
+
+def _around(table_Gk: Ints, ratio_Gk: Doubles, group_Q: Ints, but_Q: Ints) -> Doubles:
+    """Mean ratio of a group to its nearest _AROUND neighbours but one, float64 (Q,); 0 where there are none."""
+    counts_Qk = np.isfinite(ratio_Gk[group_Q]) & (table_Gk[group_Q] != but_Q[:, None])
+    counts_Qk &= np.cumsum(counts_Qk, axis=1) <= _AROUND
+    sum_Q = np.where(counts_Qk, ratio_Gk[group_Q], 0.0).sum(1)
+    return np.asarray(sum_Q / np.maximum(counts_Qk.sum(1), 1))
 
 
 def between(groups: Groups, first_Q: Ints, second_Q: Ints) -> Doubles:

@@ -60,8 +60,8 @@ def render(findings: Findings, view: View) -> str:
         _section(
             "duplicates",
             "Duplicate identities",
-            "Two labels that look like one person. The score compares the cosine between them with that within "
-            "them: 1 for one person.",
+            "Two labels that look like one person. The ratio compares the cosine between them with that within "
+            "them: 1 for one person. The score takes off half of their ratio to their next look-alikes.",
             [_duplicate(row, view) for row in f.duplicates[:GROUP_ROWS]],
             len(f.duplicates),
         ),
@@ -166,7 +166,10 @@ def _duplicate(row: Duplicate, view: View) -> str:
         _strip(f"label {_label(label, view)}, {samples} samples", view.samples_of(label)[:_ROW], view)
         for label, samples in ((row.label, row.samples), (row.other_label, row.other_samples))
     )
-    return f'<article><header><b class="score">{row.score:.2f}</b></header><div class="rows">{rows}</div></article>\n'
+    return (
+        f'<article><header><b class="score">{row.score:.2f}</b> ratio {row.ratio:.2f}</header>'
+        f'<div class="rows">{rows}</div></article>\n'
+    )
 
 
 def _split(row: Split, view: View) -> str:

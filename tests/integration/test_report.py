@@ -202,7 +202,7 @@ def test_labels_alone_give_a_report_without_pictures(
 def test_a_review_decides_what_is_cleaned(command: Call, packed: Path, tmp_path: Path) -> None:
     """No row, no change; chains of duplicates become one label; a copy stays where its original goes."""
     write(tmp_path / "report", noise=[Noise(1.0, 0, 0, "open", -1, 0.0, 0.0, False)],
-          duplicates=[Duplicate(0.9, 4, 3, 8, 8), Duplicate(0.9, 4, 5, 8, 8)],
+          duplicates=[Duplicate(0.9, 4, 3, 0.9, 8, 8), Duplicate(0.9, 4, 5, 0.9, 8, 8)],
           copies=[Copy(1.0, 1, 0, 0, 0), Copy(1.0, 2, 0, 0, 0)])  # fmt: skip
     flags = ("--drop-noise", "--merge-duplicates", "--drop-copies")
     assert command("clean", tmp_path / "report", "--records", packed, "--out", tmp_path / "out", *flags) == 0
@@ -230,8 +230,8 @@ def write(folder: Path, **tables: list[object]) -> None:
         ({"noise": [Noise(1.0, 0, 0, "open", -1, 0.0, 0.0, False)] * 2}, ("--drop-noise",), "expected one row"),
         ({"splits": [Split(1.0, 0, 1, -1, (1, 2), 5), Split(1.0, 0, 2, -1, (2, 3), 5)]}, ("--split",), "one row"),
         ({"copies": [Copy(1.0, 1, 0, 0, 0), Copy(1.0, 0, 0, 2, 0)]}, ("--drop-copies",), "or what others are copies"),
-        ({"duplicates": [Duplicate(1.0, 2, 2, 8, 8)]}, ("--merge-duplicates",), "got the same twice"),
-        ({"duplicates": [Duplicate(1.0, 2, 77, 8, 8)]}, ("--merge-duplicates",), "is the report of another set?"),
+        ({"duplicates": [Duplicate(1.0, 2, 2, 0.9, 8, 8)]}, ("--merge-duplicates",), "got the same twice"),
+        ({"duplicates": [Duplicate(1.0, 2, 77, 0.9, 8, 8)]}, ("--merge-duplicates",), "is the report of another set?"),
         ({}, ("--min-images", "9"), "nothing would be left"),
     ],
 )

@@ -54,7 +54,7 @@ def test_perfect_findings_have_full_marks() -> None:
     for sample in np.flatnonzero(p.label_N != p.home_N).tolist():
         found.noise.append(Noise(1.0, sample, int(p.label_N[sample]), "closed", int(p.home_N[sample]), 0, 1, True))
     for label in np.flatnonzero(p.twin_L > np.arange(200)).tolist():
-        found.duplicates.append(Duplicate(1.0, label, int(p.twin_L[label]), 10, 10))
+        found.duplicates.append(Duplicate(1.0, label, int(p.twin_L[label]), 1.0, 10, 10))
     found.splits.extend(Split(1.0, int(label), 1, -1, (0,), 5) for label in np.flatnonzero(p.split_L))
     for sample in np.flatnonzero(p.copy_N).tolist():
         same = (p.person_N == p.person_N[sample]) & (p.image_N == p.image_N[sample]) & (p.copy_N == 0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from clustering.findings import Copy, Duplicate, Findings, LabelState, Noise, Split
 from clustering.findings_csv import FILES, read_table, table_text
@@ -14,7 +15,7 @@ from clustering.parts import PartFiles
 from clustering.report_copies import NEARLY_THE_SAME, find_copies
 from clustering.report_data import labelled
 from clustering.report_groups import LARGEST, PRIOR_PAIRS, Cut, decide_cut, group_labels
-from clustering.report_persons import between, established
+from clustering.report_persons import Same, between, established, nearest_pairs
 from clustering.together import InputError
 from tests.findings_cases import Case, found_by_rank, load, persons
 from tests.ranks import RankPool
@@ -43,7 +44,7 @@ def test_each_fault_is_found_and_nothing_else(ranks: RankPool, tmp_path: Path) -
     right = {sample: case.person_N[sample] for sample in wrong.tolist()} | {700: 255 // 12}
     assert all(row.kind == "closed" and row.looks_like == right[row.sample] for row in found.noise)
     assert [(row.label, row.other_label) for row in found.duplicates] == [(1, 2)]
-    assert found.duplicates[0].score == pytest.approx(1, abs=0.15)
+    assert found.duplicates[0].ratio == pytest.approx(1, abs=0.15)
     assert [(row.label, row.group, len(row.samples), row.looks_like) for row in found.splits] == [(0, 1, 12, -1)]
     assert found.splits[0].score == pytest.approx(1, abs=0.4)
     assert [(row.sample, row.copy_of) for row in found.copies] == [(700, 255), (130, 121)]  # across labels first
@@ -105,6 +106,31 @@ def test_ratio_of_groups_equals_plain_float64(tmp_path: Path, dim: int) -> None:
         expected = across / np.sqrt(own(first) * own(second))
         ratio = between(groups, np.array([first]), np.array([second]))[0]
         assert ratio == pytest.approx(expected, abs=2e-6)
+
+
+def pairs_by_rank(group: dist.ProcessGroup, folder: str, case: Case) -> Same:
+    return nearest_pairs(established(load(Path(folder), case), np.zeros(len(case.label_N), dtype=np.int64), CUT), group)
+
+
+def test_pairs_stand_out_from_what_is_around_them(ranks: RankPool, tmp_path: Path) -> None:
+    """The contrast of every pair against plain float64 over all labels."""
+    case = persons(9, 6, dim=5, seed=1)
+    same = ranks.run(1, pairs_by_rank, str(tmp_path), case)[0]
+    groups = established(load(tmp_path, case), np.zeros(54, dtype=np.int64), CUT)
+    every = np.arange(9)
+    ratio = between(groups, every.repeat(9), np.tile(every, 9)).reshape(9, 9)
+
+    def around(label: int, but: int) -> float:
+        return float(np.mean(sorted(ratio[label, [one for one in every if one not in (label, but)]])[-5:]))
+
+    assert len(same.ratio_Q) == 36
+    for first, second, contrast in zip(same.first_Q, same.second_Q, same.contrast_Q, strict=True):
+        expected = ratio[first, second] - (around(first, second) + around(second, first)) / 4
+        assert contrast == pytest.approx(expected, abs=1e-12)
+    assert (np.diff(same.contrast_Q) <= 0).all()
+    for label in every:
+        nearest = max((one for one in every if one != label), key=lambda one: ratio[label, one])
+        assert same.best_G[label] == pytest.approx(ratio[label, nearest] - around(label, nearest) / 2, abs=1e-12)
 
 
 def test_ratio_does_not_depend_on_the_number_of_images(tmp_path: Path) -> None:
@@ -206,7 +232,7 @@ def test_nothing_to_compare_is_said(tmp_path: Path, label_N: np.ndarray) -> None
 
 ROWS = {
     "noise.csv": [Noise(0.5, 3, 1, "closed", 2, 0.25, 1.0, True), Noise(0.25, 9, 0, "open", -1, -0.5, 0.125, False)],
-    "duplicates.csv": [Duplicate(0.9375, 1, 2, 10, 11)],
+    "duplicates.csv": [Duplicate(0.5, 1, 2, 0.9375, 10, 11)],
     "splits.csv": [Split(0.75, 4, 1, -1, (3, 5, 8), 9)],
     "copies.csv": [Copy(1.0, 5, 1, 3, 1, None), Copy(0.875, 6, 1, 3, 2, False)],
     "classes.csv": [LabelState(1, 10, 0.5, 0.75, 0.25, 2, 1, 0)],
@@ -223,17 +249,26 @@ def test_csv_files_are_read_as_they_were_written(tmp_path: Path, name: str) -> N
     assert read_table(path, FILES[name]) == []
 
 
+DUPLICATES = "score,label,other_label,ratio,samples,other_samples\n"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "expected the columns"),
         ("score;label;other_label;samples;other_samples\n", "separate by commas"),
-        ("score,label,other_label,samples,other_samples,mine\n", "expected the columns"),
-        ("score,label,other_label,samples,other_samples\n1,2,3,4\n", "line 2: expected 5 cells, got 4"),
-        ("score,label,other_label,samples,other_samples\n1,2,x,4,5\n", "line 2: other_label: expected a whole number"),
-        ("score,label,other_label,samples,other_samples\nnan,2,3,4,5\n", "line 2: score: expected a number"),
-        ("score,label,other_label,samples,other_samples\n1,99999999999999999,3,4,5\n", "expected a whole number"),
-        ("score,label,other_label,samples,other_samples\n1,2,3,4,\xff\n", "not CSV in UTF-8"),
+        (DUPLICATES.strip() + ",mine\n", "expected the columns"),
+        (DUPLICATES + "1,2,3,4\n", "line 2: expected 6 cells, got 4"),
+        (
+            "score,label,other_label,ratio,samples,other_samples\n1,2,x,0.9,4,5\n",
+            "line 2: other_label: expected a whole number",
+        ),
+        (DUPLICATES + "nan,2,3,0.9,4,5\n", "line 2: score: expected a number"),
+        (
+            "score,label,other_label,ratio,samples,other_samples\n1,99999999999999999,3,0.9,4,5\n",
+            "expected a whole number",
+        ),
+        (DUPLICATES + "1,2,3,0.9,4,\xff\n", "not CSV in UTF-8"),
     ],
 )
 def test_foreign_csv_is_one_line(tmp_path: Path, text: str, words: str) -> None:

@@ -40,7 +40,7 @@ def findings(noise: int = 2, copies: int = 2) -> Findings:
     return Findings(
         noise=[Noise(1.5, n, 0, "closed", 1, -0.25, 1.25, True) for n in range(noise - 1)]
         + [Noise(0.125, 99, 0, "open", -1, 0.25, 0.125, False)],
-        duplicates=[Duplicate(0.96875, 0, 2, 8, 7)],
+        duplicates=[Duplicate(0.6, 0, 2, 0.96875, 8, 7)],
         splits=[Split(0.75, 1, 1, 2, (4, 5, 6), 9)],
         copies=[Copy(0.996, n, 1, 3, 2, False) for n in range(copies)],
         labels=[LabelState(1, 10, 0.5, 0.75, 0.25, 2, 1, 0)],
