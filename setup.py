@@ -29,7 +29,10 @@ setup(
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.0; platform_system == 'Linux'"],
+        "faiss-gpu": ["faiss-gpu-cu12>=1.14; platform_system == 'Linux'"],
         "dev": [
+            "faiss-cpu",
+            "fonttools",
             "hypothesis",
             "mypy",
             "pre-commit",
@@ -37,6 +40,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff",
+            "scikit-learn",
             "triton; platform_system == 'Linux'",
             "types-PyYAML",
         ],

@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from fontTools.ttLib import TTCollection, TTFont  # type: ignore[import-untyped]
+from fontTools.ttLib import TTCollection, TTFont
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 32

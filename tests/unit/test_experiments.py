@@ -1,0 +1,209 @@
+"""The experiments: planned, paired, resumable; what an arm may see and what a placebo hides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.experiments import glyphs, plan, runs, tables
+from benchmarks.experiments.arms import ARMS
+from benchmarks.experiments.cells import CELLS, Cell, make_split, true_accept_rates
+from benchmarks.experiments.fitting import Recipe, fit
+from benchmarks.experiments.nets import SmallMLP
+from benchmarks.experiments.pools import Pool
+from benchmarks.experiments.runs import Run
+from benchmarks.experiments.statistics import compare, holm
+from configs.head import HeadConfig
+from configs.schema import ClusteringConfig
+
+
+@pytest.fixture(scope="module")
+def pool() -> Pool:
+    """1,200 identities whose features name identity and image, so that a test can read them back."""
+    identity, image = np.meshgrid(np.arange(1200), np.arange(24), indexing="ij")
+    features = np.stack([identity, image], axis=2).astype(np.float32)
+    return Pool("faces", np.zeros((1200, 24, 2, 2), np.uint8), features)
+
+
+def test_wilcoxon_and_interval_of_a_known_case() -> None:
+    found = compare([5.0, 6.0, 7.0, 8.0, 9.0, 10.0], [4.0, 4.0, 4.0, 4.0, 4.0, 4.0])
+    assert found.mean == 3.5
+    assert found.p == 2 / 2**6  # all six differences of one sign: the two extreme of 2^6 sign patterns
+    assert found.mean - found.low == pytest.approx(2.570582 * np.sqrt(3.5) / np.sqrt(6), rel=1e-5)
+    assert compare([1.0, 1.0], [1.0, 1.0]).p == 1
+    with pytest.raises(ValueError, match="two or more"):
+        compare([1.0], [2.0])
+
+
+def test_holm_steps_down_and_never_falls() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+    assert holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_held_out_identities_are_in_no_training_set(pool: Pool, name: str) -> None:
+    split = make_split(pool, CELLS[name], seed=3, images=False)
+    trained, validation, test = ({int(i) for i in x[:, 0]} for x in (split.x, split.validation, split.test))
+    assert not trained & validation
+    assert not trained & test
+    assert not validation & test
+    assert len(validation) == 100
+    assert len(test) == 300
+    assert len(split.labels.unique()) >= split.num_classes - 3  # wrong labels may leave a small class empty
+    assert int(split.labels.max()) < split.num_classes
+
+
+def test_shares_of_a_cell_are_what_it_says(pool: Pool) -> None:
+    split = make_split(pool, Cell(noise=0.2), seed=1, images=False)
+    identity = split.x[:, 0].long()
+    assert len(split.labels) == 600 * 24
+    assert split.wrong.sum() == round(0.2 * 600 * 24)
+    right = torch.from_numpy(~split.wrong)
+    owner = torch.full((600,), -1).scatter(0, split.labels[right], identity[right])
+    assert torch.equal(owner[split.labels] == identity, right)  # misnamed samples are just those marked so
+
+    fragments = make_split(pool, Cell(fragments=0.2), seed=1, images=False)
+    assert fragments.num_classes == 720
+    strangers = make_split(pool, Cell(strangers=0.2), seed=1, images=False)
+    unknown = {int(i) for i in strangers.x[torch.from_numpy(strangers.wrong), 0]}
+    assert not unknown & {int(i) for i in strangers.x[torch.from_numpy(~strangers.wrong), 0]}
+    sizes = make_split(pool, Cell(tail=0.7), seed=1, images=False).labels.bincount()
+    assert sizes.max() == 24
+    assert sizes.min() == round(24 * 20**-0.7)
+
+
+def test_a_seed_gives_every_arm_the_same_set(pool: Pool) -> None:
+    first, second, other = (make_split(pool, CELLS["noise tail"], seed=s, images=False) for s in (4, 4, 5))
+    assert torch.equal(first.x, second.x)
+    assert torch.equal(first.labels, second.labels)
+    assert not torch.equal(first.x, other.x)
+
+
+def test_true_accept_rates_against_counting_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_ND = torch.nn.functional.normalize(torch.randn(36, 5, generator=generator, dtype=torch.float64))
+    genuine, impostors = [], []
+    for i in range(36):
+        for j in range(i):
+            (genuine if i // 12 == j // 12 else impostors).append(float(x_ND[i] @ x_ND[j]))
+    threshold = sorted(impostors)[-round(0.1 * len(impostors))]
+    expected = 100 * np.mean([cosine > threshold for cosine in genuine])
+    assert true_accept_rates(x_ND, (0.1,)) == pytest.approx([expected])
+
+
+def test_every_arm_may_try_as_often() -> None:
+    tried = [len(arm.margins) for name, arm in ARMS.items() if name not in plan.ARCFACE]
+    assert set(tried) == {3} == {len(plan.ARCFACE)}
+    assert not set(plan.TUNING_SEEDS) & set(plan.SEEDS)
+    for arm in ARMS.values():
+        for margin in arm.margins:
+            arm.recipe(margin)  # the configuration's own checks
+
+
+def _line(arm: str, margin: float, seed: int, *, validation: float = 0.0, test: float = 0.0) -> dict[str, Any]:
+    run = Run("features", "faces", "noise tail", arm, margin, seed)
+    rates = {"validation": [validation, 0.0], "test": [test, 0.0], "loss": [2.0, 1.0], "pool": "p"}
+    names = ("tier", "kind", "cell", "arm", "margin", "seed")
+    return {**dict(zip(names, run.key, strict=True)), **rates, "settings": runs.settings_of(run)}
+
+
+def test_margins_are_chosen_on_validation_of_the_tuning_seeds_alone() -> None:
+    lines = [
+        _line("full", margin, seed, validation=rate, test=100 - rate)
+        for margin, rate in ((0.3, 5.0), (0.5, 7.0), (0.7, 6.0))
+        for seed in plan.TUNING_SEEDS
+    ]
+    lines.append(_line("full", 0.3, 0, validation=99.0))
+    assert plan.chosen_margins(lines) == {("faces", "full"): 0.5}
+
+
+def test_a_run_is_done_once_and_again_when_its_settings_change(tmp_path: Path) -> None:
+    run = Run("features", "faces", "clean", "pull", 0.5, 0)
+    line = {**_line("pull", 0.5, 0), "cell": "clean", "settings": runs.settings_of(run)}
+    assert runs.missing([run], []) == [run]
+    assert runs.missing([run], [line]) == []
+    changed = json.loads(json.dumps(line))
+    changed["settings"]["epochs"] += 1
+    assert runs.missing([run], [changed]) == [run]
+
+    file = tmp_path / "lines.jsonl"
+    runs._append(file, line)
+    file.write_text(file.read_text() + '{"tier": "fea')  # a crash in the middle of a line
+    assert runs.read_results(file) == [line]
+    runs._append(file, changed)
+    assert runs.read_results(file) == [line, changed]
+
+
+def test_answers_name_the_best_arcface_of_the_runs_and_correct_for_three_questions() -> None:
+    lines = []
+    for seed in plan.SEEDS:
+        for place, name in enumerate(plan.ARCFACE):
+            lines.append(_line(name, 0.3, seed, test=20.0 + place + 0.1 * seed))
+        lines.append(_line("full", 0.5, seed, test=24.0 + 0.1 * seed + 0.01 * seed))
+        lines.append(_line("full, levels shuffled", 0.5, seed, test=24.0 + 0.1 * seed + (0.02 if seed % 2 else -0.02)))
+    first, second = tables.answers(tables.group(lines, "features"))
+    assert first.startswith("faces, noise tail: full above arcface 0.7? yes: +2.04")
+    assert first.endswith("p 0.004")
+    assert "full, levels shuffled? " in second
+    rows = tables.rows(tables.group(lines, "features")["faces", "noise tail"])
+    assert [row[1] for row in rows] == [*plan.ARCFACE, "full", "full, levels shuffled"]
+    assert rows[2][4] == "best"
+    assert rows[3][0] == "10"
+
+
+def _fitted(placebo: str) -> Any:
+    """A short training on 40 classes of which some are wide."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(40).repeat_interleave(12)
+    centres = torch.randn(40, 16, generator=generator)
+    width = torch.linspace(0.2, 2.0, 40)[labels, None]
+    x = centres[labels] + width * torch.randn(len(labels), 16, generator=generator)
+    clustering = ClusteringConfig(warmup_fraction=0.1, ramp_fraction=0.0, margin_low=0.2, margin_high=0.6)
+    recipe = Recipe(epochs=6, batch=48, head=HeadConfig(margin=0.4, scale=16.0), clustering=clustering, placebo=placebo)
+    net = SmallMLP(features=16, embedding_size=8)
+    return fit(net, x, labels, num_classes=40, recipe=recipe, augment=lambda x, _: x, seed=2)
+
+
+def test_a_training_is_deterministic_and_learns() -> None:
+    first, second = _fitted(""), _fitted("")
+    assert first.loss_by_epoch == second.loss_by_epoch
+    assert first.loss_by_epoch[-1] < first.loss_by_epoch[0] / 2
+    assert first.service.version >= 3
+
+
+def test_placebos_hide_what_they_say() -> None:
+    honest, levels, everything = (_fitted(placebo).service for placebo in ("", "levels", "everything"))
+    width = torch.arange(40.0)
+
+    def correlation(service: Any) -> float:
+        return float(torch.corrcoef(torch.stack([service.hard_levels_C, width]))[0, 1])
+
+    assert correlation(honest) > 0.5
+    assert abs(correlation(levels)) < 0.4
+    assert abs(correlation(everything)) < 0.4
+    published = everything._published
+    assert torch.equal(published.owner_K[:40], torch.arange(40))
+    assert (published.owner_K[40:] == -1).all()
+    assert torch.equal(published.code_I.abs().long() - 1, torch.arange(40).repeat_interleave(12))
+    weight = published.samples_R.double()
+    assert float((published.margin_R * weight).sum() / weight.sum()) == pytest.approx(0.4, abs=0.01)
+
+
+def test_missing_fonts_are_named_with_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(glyphs, "_FOLDER", tmp_path)
+    with pytest.raises(glyphs.MissingFontsError, match="apt-get install fonts-noto-cjk"):
+        glyphs.open_faces()
+
+
+def test_what_a_camera_sees_depends_on_the_seed_alone() -> None:
+    glyph = np.full((30, 20), 255, np.uint8)
+    one, same, other = (glyphs._seen(glyph, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert one.shape == (glyphs.SIDE, glyphs.SIDE)
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+    assert one[8:24, 10:22].mean() > one[:4].mean() + 30
