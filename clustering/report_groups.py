@@ -16,7 +16,6 @@ label, G groups, T pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,9 +33,9 @@ LEAST_RATIO = 0.8
 PRIOR_PAIRS = 3.0
 """Pairs at the usual cosine that every group gets in addition to its own: its own few say little."""
 SPLIT_FAR_OUT, DUPLICATE_FAR_OUT, NOISE_FAR_OUT = 4.0, 3.5, 3.5
-"""Robust standard deviations from the median of the usual ones at which a finding begins; docs/report.md says how they
-were chosen."""
+"""Robust standard deviations from the median of the usual ones at which a finding begins."""
 _ENOUGH = 30
+_LEAST_GAP = 0.02
 _PAIRS_DRAWN = 1 << 17
 _USUAL_LABELS = 4096
 """Labels looked at for what is usual, spread over all."""
@@ -69,7 +68,7 @@ class Cut:
 
 
 def decide_cut(data: Labelled) -> Cut:
-    """From the data itself, the same each time. Raises InputError where there is nothing to compare."""
+    """From the data itself, the same each time. Raises InputError where nothing can be told."""
     sizes_C = np.diff(data.start_C)
     paired = np.flatnonzero(sizes_C > 1)
     if not len(paired) or np.count_nonzero(sizes_C) < 2:
@@ -91,7 +90,13 @@ def decide_cut(data: Labelled) -> Cut:
     )
     if not len(cos_T):  # nearly everything under one label
         raise InputError("labels: expected samples under several labels, found nearly all of them under one")
-    return Cut(within=within, across=float(cos_T.mean()), stranger=float(np.quantile(cos_T, 0.99)))
+    across = float(cos_T.mean())
+    if within - max(across, 0.0) < _LEAST_GAP:
+        raise InputError(
+            f"embeddings: expected samples of a label to be closer than others, got a usual cosine of {within:.3f} "
+            f"within labels and {across:.3f} across: is row i of sample i, and has the network been trained?"
+        )
+    return Cut(within=within, across=across, stranger=float(np.quantile(cos_T, 0.99)))
 
 
 def _spread(x_nD: Floats, most: int) -> Floats:
@@ -114,7 +119,7 @@ class Grouped:
     """Ratio below which two established groups of a label are two persons."""
 
 
-def group_labels(data: Labelled, cut: Cut, *, progress: Callable[[int], None] = lambda labels: None) -> Grouped:
+def group_labels(data: Labelled, cut: Cut) -> Grouped:
     """Groups of each label, by average linkage, and divided where two parts look like two persons.
 
     Average linkage up to `cut.cosine`. Each joint of two established groups has a ratio: the mean cosine across it
@@ -122,7 +127,7 @@ def group_labels(data: Labelled, cut: Cut, *, progress: Callable[[int], None] = 
     near 1; `split` is SPLIT_FAR_OUT robust standard deviations below the median over the labels. Labels with a joint
     below that are grouped again, and there it is left open.
 
-    n^2 D a label up to LARGEST samples. progress: called with numbers of labels that are done.
+    n^2 D a label up to LARGEST samples.
     """
     group_P = np.zeros(len(data.x_PD), dtype=np.int64)
     weakest_C = np.full(data.num_labels, np.nan)
@@ -131,8 +136,6 @@ def group_labels(data: Labelled, cut: Cut, *, progress: Callable[[int], None] = 
         if rows.stop - rows.start > 1:
             group_n, weakest_C[label] = _linked(data.x_PD[rows], cut)
             group_P[rows] = _by_size(group_n)
-        if label % 256 == 255:
-            progress(256)
     known = weakest_C[np.isfinite(weakest_C)]
     split = far_out(known, -SPLIT_FAR_OUT, least=0.5, most=0.8, otherwise=0.6)
     for label in np.flatnonzero(weakest_C < split).tolist():

@@ -80,14 +80,19 @@ def test_labels_without_evidence_say_nothing(ranks: RankPool, tmp_path: Path) ->
     assert [row.samples for row in found.labels if row.label in (4, 31)] in ([1, 0], [0, 1])
 
 
-def test_scattered_embeddings_end_with_findings_or_none_but_no_error(ranks: RankPool, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    x_ND = rng.standard_normal((123, 7)).astype(np.float32)
-    label_N = np.arange(123) // 3
-    found = find(ranks, tmp_path, Case(x_ND, label_N, label_N))
+def test_embeddings_that_hardly_tell_labels_apart_are_said_to(ranks: RankPool, tmp_path: Path) -> None:
+    case = persons(41, 3, dim=7, spread=2.0, seed=2)
+    found = find(ranks, tmp_path, case)
     assert not found.cut.separates
     for row in found.noise:
         assert np.isfinite([row.score, row.own, row.other]).all()
+
+
+def test_labels_no_closer_than_strangers_are_an_error(tmp_path: Path) -> None:
+    case = persons(40, 10)
+    shuffled_N = np.random.default_rng(0).permutation(case.label_N)
+    with pytest.raises(InputError, match="is row i of sample i"):
+        decide_cut(load(tmp_path, case._replace(label_N=shuffled_N)))
 
 
 @pytest.mark.parametrize("dim", [1, 7, 123, 252, 507])
