@@ -56,7 +56,7 @@ def _kappaface(margin: float) -> Recipe:
 
 _GATE: dict[str, Any] = {"noise_gate": True}
 _DROP: dict[str, Any] = {**_GATE, "drop_suspects": True}
-_PULL: dict[str, Any] = {"contrastive_weight": 0.5}
+_PULL: dict[str, Any] = {"contrastive_weight": 2.0}
 _ALIGN: dict[str, Any] = {"alignment_weight": 0.1}
 _FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
 
