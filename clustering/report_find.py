@@ -36,7 +36,7 @@ def find_all(
     grouped = group_labels(data, cut)
     groups = established(data, grouped.group_P, cut)
     progress("k-means")
-    clusters = cluster(data, group)
+    clusters = cluster(data, group, progress=lambda number, moved: progress(f"k-means: {moved:.2%} moved in {number}"))
     progress("pairs of labels")
     same = nearest_pairs(groups, group)
     best = same.best_G[groups.main_G]
