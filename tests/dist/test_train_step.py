@@ -17,6 +17,7 @@ from configs.schema import ClusteringConfig, HeadConfig, OptimConfig, RunConfig,
 from data.batch import Batch
 from partial_fc.head import PartialFCHead, initial_centres
 from partial_fc.reference import dense_margin_softmax
+from sharding import all_shards
 from tests.ranks import WORLD_SIZES, RankPool, ranks_of
 from training.distributed import data_parallel
 from training.optim import build_optimizers
@@ -64,7 +65,10 @@ def _batches(rank: int, world_size: int, accumulation: int, step: int) -> list[B
     return batches
 
 
-def _train(group: dist.ProcessGroup, accumulation: int, clusters: bool, steps: int) -> dict[str, Any]:
+def _train(
+    group: dist.ProcessGroup, accumulation: int, clusters: bool, steps: int, *, left_out: int = -1
+) -> dict[str, Any]:
+    """left_out: a class whose rows the service takes out of the margin softmax."""
     ranks = ranks_of(group)
     config = RunConfig(
         head=HeadConfig(scale=16.0, margin=0.3),
@@ -94,6 +98,7 @@ def _train(group: dist.ProcessGroup, accumulation: int, clusters: bool, steps: i
             steps_per_epoch=PER_EPOCH,
             bank_dtype=torch.float32,
         )
+        service.row_labels = lambda batch: torch.where(batch.labels_N == left_out, -1, batch.labels_N)
     optimizers = build_optimizers(backbone.parameters(), head.parameters(), config.optim, config.head, seed=0)
     train_step = TrainStep(
         backbone=backbone, head=head, service=service, optimizers=optimizers, config=config, device=CPU
@@ -127,6 +132,33 @@ def test_any_number_of_ranks_trains_the_same_weights(ranks: RankPool, clusters: 
             for name, value in one["weights"].items():
                 assert torch.allclose(part["weights"][name], value, rtol=1e-3, atol=1e-5), name
                 assert torch.equal(part["weights"][name], parts[0]["weights"][name]), "all ranks hold the same bits"
+
+
+def _without_a_class(group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Movement of the centres in one step, whose labels say that class 3 is no example; and where they began."""
+    moved = _train(group, 1, True, 1, left_out=3)["centres"]
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    own = all_shards(world_size, CLASSES)[rank]
+    return moved, initial_centres(own.start, own.stop, 6, 1)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_rows_that_the_service_leaves_out_are_no_examples_of_their_class(ranks: RankPool, world_size: int) -> None:
+    """Class 3 is then only pushed away: its centre moves by a gradient that no row of its own has a part in."""
+    parts = ranks.run(world_size, _without_a_class)
+    moved, start = (torch.cat(list(pieces)) for pieces in zip(*parts, strict=True))
+    torch.manual_seed(5)
+    toy = Toy()
+    (batch,) = _batches(0, 1, 1, 0)
+    kept_B = batch.labels != 3
+    w_CD = start.clone().requires_grad_()
+    x_BD = toy((batch.images.float() - 127.5) / 127.5).detach()
+    margins_C = torch.full((CLASSES,), 0.3)
+    dense_margin_softmax(x_BD[kept_B], w_CD, batch.labels[kept_B], margins_C, scale=16.0).backward()
+    assert w_CD.grad is not None
+    expected = start - 0.05 * (w_CD.grad + OptimConfig().weight_decay * start)
+    assert (w_CD.grad[3] != 0).any()
+    assert torch.allclose(moved, expected, rtol=1e-4, atol=1e-6)
 
 
 def _gradients(group: dist.ProcessGroup, accumulation: int) -> dict[str, Tensor]:

@@ -1,0 +1,67 @@
+"""`drop_suspects`: samples that look mislabelled leave the margin softmax, and nothing else changes its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from partial_fc.collectives import GatheredBatch
+from tests.dist.service_cases import NOISY, STEPS, build, train, trained
+from tests.ranks import WORLD_SIZES, RankPool
+
+
+def _labels_of_each_step(group: dist.ProcessGroup, drop: bool) -> list[tuple[float, Any, Any, Any]]:
+    service = build(group, NOISY, drop_suspects=drop)
+    seen = []
+
+    def look(step: int, batch: GatheredBatch) -> None:
+        suspects_I = service.suspects()
+        suspect_N = torch.zeros_like(batch.labels_N) if suspects_I is None else suspects_I[batch.sample_ids_N]
+        seen.append((service.ramp(step), batch.labels_N, service.row_labels(batch), suspect_N.bool()))
+
+    train(service, NOISY, each=look)
+    return seen
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_suspects_lose_their_label_once_the_ramp_begins_and_not_before(ranks: RankPool, world_size: int) -> None:
+    parts = ranks.run(world_size, _labels_of_each_step, True)
+    dropped = 0
+    for ramp, labels_N, judged_N, suspect_N in parts[0]:
+        gone_N = suspect_N if ramp > 0 else torch.zeros_like(suspect_N)
+        assert torch.equal(judged_N, torch.where(gone_N, -1, labels_N))
+        dropped += int(gone_N.sum())
+    assert dropped > 0
+    for part in parts[1:]:
+        assert all(torch.equal(mine[2], first[2]) for mine, first in zip(part, parts[0], strict=True))
+
+
+def test_without_the_setting_they_keep_it(ranks: RankPool) -> None:
+    (seen,) = ranks.run(1, _labels_of_each_step, False)
+    assert any(suspect_N.any() and ramp > 0 for ramp, _, _, suspect_N in seen)
+    assert all(torch.equal(labels_N, judged_N) for _, labels_N, judged_N, _ in seen)
+
+
+def _mean_margin(group: dist.ProcessGroup, drop: bool) -> tuple[float, float, int]:
+    """Over the samples that count, over those and the suspects at the smallest; number of suspects."""
+    service = trained(group, NOISY, stop=STEPS, drop_suspects=drop)
+    published, suspects_I = service._published, service.suspects()
+    assert published is not None
+    assert suspects_I is not None
+    n_C, suspects = published.samples_R.double(), int(suspects_I.sum())
+    counted = float((published.margin_R * n_C).sum() / n_C.sum())
+    every = (counted * float(n_C.sum()) + suspects * float(published.smallest)) / (float(n_C.sum()) + suspects)
+    return counted, every, suspects
+
+
+def test_the_mean_margin_is_that_of_the_rows_that_training_sees(ranks: RankPool) -> None:
+    ((counted, every, suspects),) = ranks.run(1, _mean_margin, True)
+    assert suspects > 0
+    assert counted == pytest.approx(0.5, abs=1e-9)
+    assert every < 0.5 - 1e-4
+    ((counted, every, _),) = ranks.run(1, _mean_margin, False)
+    assert every == pytest.approx(0.5, abs=1e-9)
+    assert counted > 0.5 + 1e-4
