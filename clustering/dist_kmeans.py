@@ -83,7 +83,7 @@ class KMeansRun:
         self.centres_SD = start_SD.to(self.dtype, copy=True)
         self.taking_part_P = points.seen_P.clone()
         self.counted_P = self.taking_part_P.clone()
-        self.best_P = torch.full((P,), float("-inf"), dtype=self.dtype, device=device)
+        self.best_P = torch.full((P,), float("-inf"), dtype=torch.float64, device=device)  # exact, like its parts
         self.index_P = torch.where(self.taking_part_P, points.class_P if start_P is None else start_P, -1)
         self.counted_P &= self.index_P >= 0
         self.seed_point_Q = torch.empty(0, dtype=torch.int64, device=device)

@@ -65,6 +65,16 @@ class Published:
         code_N = torch.where(known_N, self.code_I[ids_N.clamp(0, len(self.code_I) - 1)].long(), 0)
         return code_N.abs() - 1, code_N < 0
 
+    def row_margins(
+        self, batch: GatheredBatch, otherwise_N: Tensor, margin_R: Tensor, smallest: Tensor, first_class: int
+    ) -> Tensor:
+        """Of each row its class's margin, or `smallest` for a suspect; `otherwise_N` where the class is not here."""
+        row_N = batch.labels_N - first_class
+        here_N = (row_N >= 0) & (row_N < len(margin_R))
+        margin_N = torch.where(here_N, margin_R[row_N.clamp(0, len(margin_R) - 1)], otherwise_N)
+        _, suspect_N = self.cluster_of(batch)
+        return torch.where(suspect_N & here_N, smallest, margin_N)
+
     @torch.no_grad()
     def move(self, batch: GatheredBatch, momentum: float, shard: Shard, first_class: int) -> None:
         """c_k <- unit(momentum c_k + (1 - momentum) mean of the batch's rows of cluster k), suspects left out.

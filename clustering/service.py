@@ -29,7 +29,7 @@ from clustering.pace import Pace, Stopwatch
 from clustering.published import Published
 from clustering.refresh import Refresh
 from clustering.schedule import RefreshSchedule
-from clustering.start import read_start
+from clustering.start import read_start, start_of
 from configs.schema import ClusteringConfig
 from partial_fc.collectives import GatheredBatch
 from sharding import shard_of
@@ -112,15 +112,11 @@ class ClusterService:
         goes), so that the head is the plain one where the settings guide no margin; m0 for rows that lie
         elsewhere. No collective, no host sync.
         """
-        margin_N = torch.full_like(batch.x_ND[:, 0], self.margin, requires_grad=False)
+        plain_N = torch.full_like(batch.x_ND[:, 0], self.margin, requires_grad=False)
         if self._published is None or not self.classes.size:
-            return margin_N
-        row_N = batch.labels_N - self.classes.start
-        here_N = (row_N >= 0) & (row_N < self.classes.size)
-        margin_N = torch.where(here_N, self.margins_C[row_N.clamp(0, self.classes.size - 1)], margin_N)
-        _, suspect_N = self._published.cluster_of(batch)
+            return plain_N
         smallest = ramped(self._published.smallest, self.margin, self.ramp(self._done))
-        return torch.where(suspect_N & here_N, smallest, margin_N)
+        return self._published.row_margins(batch, plain_N, self.margins_C, smallest, self.classes.start)
 
     def row_labels(self, batch: GatheredBatch) -> Tensor:
         """Labels as the margin softmax takes them, int64 (N,): with `drop_suspects`, -1 for suspects while the ramp
@@ -195,13 +191,11 @@ class ClusterService:
             self._refresh = refresh
 
     def _new_refresh(self) -> Refresh:
-        start_P = None
-        if self._start_I is not None and self._published is None:
-            start_P = torch.from_numpy(self._start_I[self.bank.sample_P.cpu().numpy()].astype(np.int64)).to(self.device)
+        first = self._published is None
         return Refresh(
             bank=self.bank,
             previous=self._published,
-            start_P=start_P,
+            start_P=start_of(self._start_I, self.bank.sample_P) if first else None,
             config=self.config,
             margin=self.margin,
             num_classes=self.num_classes,

@@ -1,4 +1,7 @@
-"""Where the first refresh starts when a stand-alone k-means has been there before: its assignment of every sample."""
+"""Where the first refresh starts when a stand-alone k-means has been there before: its assignment of every sample.
+
+Legend: I samples of the set, P samples of this rank.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from configs.checks import ConfigError
 
@@ -49,3 +54,10 @@ def read_start(path: str, *, num_samples: int, num_clusters: int) -> npt.NDArray
         )
     assignments: npt.NDArray[np.integer] = found
     return assignments
+
+
+def start_of(assignments_I: npt.NDArray[np.integer] | None, sample_P: Tensor) -> Tensor | None:
+    """The clusters of this rank's samples, int64 (P,) on their device; None without assignments."""
+    if assignments_I is None:
+        return None
+    return torch.from_numpy(assignments_I[sample_P.cpu().numpy()].astype(np.int64)).to(sample_P.device)
