@@ -1,4 +1,4 @@
-"""Cluster embeddings that lie in .npy files."""
+"""Cluster embeddings that lie in .npy files, report what looks wrong in their labels, clean the records."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from clustering.commands import kmeans
+from clustering.commands import clean, kmeans, report
 from clustering.commands.arguments import Parser
 
-_COMMANDS = (kmeans,)
+_COMMANDS = (kmeans, report, clean)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
