@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustering.nearest import Nearest, columns_of, row_dots
+from clustering.nearest import Nearest, columns_of, row_dots, tolerance
 
 _DEVIATIONS = 5.0
 _ROUNDING = 4e-6
@@ -41,6 +41,8 @@ _LEVELS = 1 << 11
 _LIMITS = torch.arange(1, 39) / 40
 """Values of T worth a try."""
 _ROWS, _COLUMNS = 2048, 512  # of a tile on a CPU
+_DOTS_AT_ONCE = 256
+"""Rows of float32 that stay in a CPU core's cache."""
 _PAIR_COST = 40.0
 """A pair compared alone over a cosine of a product of matrices, at D = 512, on a CPU core."""
 _PASS_COST = 20.0
@@ -117,8 +119,24 @@ def find_(
         row_q, column_q = row_q[other_q], column_q[other_q]
         pairs += len(row_q)
         if len(row_q):
-            state.offer_pairs_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
+            _offer_(state, x_bD, row_q, centres_sD, column_q, cluster_s)
     return pairs
+
+
+def _offer_(
+    state: Nearest, x_bD: Tensor, row_q: Tensor, centres_sD: Tensor, column_q: Tensor, cluster_s: Tensor
+) -> None:
+    """Pairs in float32 first: only those that may be the nearest need float64."""
+    dots = [
+        x_bD.index_select(0, row_p).mul_(centres_sD.index_select(0, column_p)).sum(1)
+        for row_p, column_p in zip(row_q.split(_DOTS_AT_ONCE), column_q.split(_DOTS_AT_ONCE), strict=True)
+    ]
+    cosine_q = torch.cat(dots)
+    enough_b = state.best_b.float().scatter_reduce_(0, row_q, cosine_q, "amax") - 2 * tolerance(torch.float32)
+    may_q = cosine_q >= enough_b[row_q]
+    state.second_b.scatter_reduce_(0, row_q[~may_q], cosine_q[~may_q], "amax")
+    row_q, column_q = row_q[may_q], column_q[may_q]
+    state.offer_pairs_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
 
 
 class Sample:
