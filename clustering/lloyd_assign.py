@@ -26,8 +26,12 @@ from clustering.nearest import NONE, Nearest, nearest_, row_dots, tolerance
 from clustering.nearest_projection import Projection, Sample, find_
 from clustering.rows import UnitRows
 from clustering.shards import show_rows
+from clustering.threads import each, threads_of
 from partial_fc.collectives import all_reduce_
 from sharding import Shard, all_shards
+
+_LEAST = 512
+"""Points of a piece, where there are as many: fewer are not worth a thread."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +42,18 @@ class _Task:
     lively: bool
     """With lively centres alone."""
     projection: Projection | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Comparison:
+    """With the same centres, of one shard, in the same way."""
+
+    centres_sD: Tensor
+    operand_sD: Tensor
+    """The same in the dtype of the products."""
+    cluster_s: Tensor
+    projection: Projection | None
+    head_sd: Tensor | None
 
 
 def _with_all(chosen_P: Tensor, projection: Projection | None) -> _Task:
@@ -124,9 +140,14 @@ class Assigner:
             return state, None
         state.index_b.copy_(index_P)
         for shard, shown_SD in self._shown(centres_SD):
-            for part_b, x_bD in self._pieces(((index_P >= shard.start) & (index_P < shard.stop)).nonzero()[:, 0]):
+            known_Q = ((index_P >= shard.start) & (index_P < shard.stop)).nonzero()[:, 0]
+
+            def look(part_b: Tensor, shard: Shard = shard, shown_SD: Tensor = shown_SD) -> None:
+                x_bD = self._rows.pick(part_b)
                 state.best_b[part_b] = row_dots(x_bD, None, shown_SD, index_P[part_b] - shard.start)
-                self._work += len(part_b)
+
+            each(look, self._pieces(known_Q), self._device)
+            self._work += len(known_Q)
             if sample:
                 sample.see(shown_SD[(shown_SD != 0).any(1)])
         return state, sample
@@ -157,39 +178,53 @@ class Assigner:
         """A broadcast for each rank."""
         for shard, shown_SD in self._shown(centres_SD):
             exists_S = (shown_SD != 0).any(1)
+            pieces: list[tuple[Tensor, _Comparison]] = []
             for task in tasks:
                 taken_S = exists_S & lively_K[shard.start : shard.stop] if task.lively else exists_S
                 place_s = taken_S.nonzero()[:, 0]
                 if not len(place_s) or not len(task.point_Q):
                     continue
                 centres_sD = shown_SD if len(place_s) == shard.size else shown_SD[place_s]
-                self._run(state, task, centres_sD, place_s + shard.start)
+                comparison = self._comparison(centres_sD, place_s + shard.start, task.projection)
+                pieces += [(part_b, comparison) for part_b in self._pieces(task.point_Q)]
+            self._work += sum(each(lambda piece: self._run(state, *piece), pieces, self._device))
 
-    def _run(self, state: Nearest, task: _Task, centres_sD: Tensor, cluster_s: Tensor) -> None:
-        used = task.projection
-        operand_sD = centres_sD.to(self._dtype)
-        head_sd = self._projections.of_centres(centres_sD, used.dims) if used and self._projections else None
-        for part_b, x_bD in self._pieces(task.point_Q):
-            part = Nearest(best_b=state.best_b[part_b], index_b=state.index_b[part_b], second_b=state.second_b[part_b])
-            if used and head_sd is not None and self._projections:
-                head_bd = self._projections.of_points(part_b, x_bD, used.dims)
-                self._work += find_(part, x_bD, head_bd, centres_sD, head_sd, cluster_s, used)
-                self._work += len(part_b) * len(cluster_s) * used.dims / self._rows.dim
-                part.second_b.clamp_min_(used.cosine)
-            else:
-                nearest_(part, x_bD, centres_sD, operand_sD, cluster_s, kernels=self._kernels)
-                self._work += len(part_b) * len(cluster_s)
-            for kept_P, new_b in zip(
-                (state.best_b, state.index_b, state.second_b), (part.best_b, part.index_b, part.second_b), strict=True
-            ):
-                kept_P[part_b] = new_b
+    def _comparison(self, centres_sD: Tensor, cluster_s: Tensor, projection: Projection | None) -> _Comparison:
+        head_sd = None
+        if projection and self._projections:
+            self._projections.keep(projection.dims, self._device)
+            head_sd = self._projections.of_centres(centres_sD, projection.dims)
+        return _Comparison(
+            centres_sD=centres_sD,
+            operand_sD=centres_sD.to(self._dtype),
+            cluster_s=cluster_s,
+            projection=projection,
+            head_sd=head_sd,
+        )
+
+    def _run(self, state: Nearest, part_b: Tensor, comparison: _Comparison) -> float:
+        """Compare a piece's points; the cosines computed, in full ones."""
+        c, used, x_bD = comparison, comparison.projection, self._rows.pick(part_b)
+        part = Nearest(best_b=state.best_b[part_b], index_b=state.index_b[part_b], second_b=state.second_b[part_b])
+        work = float(len(part_b) * len(c.cluster_s))
+        if used and c.head_sd is not None and self._projections:
+            head_bd = self._projections.of_points(part_b, x_bD, used.dims)
+            work *= used.dims / self._rows.dim
+            work += find_(part, x_bD, head_bd, c.centres_sD, c.head_sd, c.cluster_s, used)
+            part.second_b.clamp_min_(used.cosine)
+        else:
+            nearest_(part, x_bD, c.centres_sD, c.operand_sD, c.cluster_s, kernels=self._kernels)
+        for kept_P, new_b in zip(
+            (state.best_b, state.index_b, state.second_b), (part.best_b, part.index_b, part.second_b), strict=True
+        ):
+            kept_P[part_b] = new_b
+        return work
 
     def _shown(self, centres_SD: Tensor) -> Iterator[tuple[Shard, Tensor]]:
         for rank, shard in enumerate(self._shards):
             yield shard, show_rows(centres_SD, shard, rank, self._group)
 
-    def _pieces(self, point_Q: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some points' places and rows at a time. point_Q: rising."""
-        for part_b in point_Q.split(self._block):
-            if len(part_b):
-                yield part_b, self._rows.pick(part_b)
+    def _pieces(self, point_Q: Tensor) -> Sequence[Tensor]:
+        """Some points' places at a time, enough for all threads. point_Q: rising."""
+        share = -(-len(point_Q) // threads_of(self._device))
+        return point_Q.split(min(self._block, max(_LEAST, share))) if len(point_Q) else ()

@@ -10,14 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering.nearest_projection import Projection, Sample, choose, random_basis, subspaces
+from clustering.nearest_projection import Projection, Sample, choose, quieten, random_basis, subspaces
 from clustering.rows import UnitRows
+from clustering.threads import each
 from partial_fc.collectives import all_reduce_
 
 _LEAST_CLUSTERS = 128
 """With fewer, a projection of the points costs about as much as the comparisons."""
 _SAMPLE, _SHARE = 256, 256
 """At most so many points are looked at, at most one of so many."""
+_BLOCK = 4096
 _KEPT_BYTES = 1 << 30
 """Projections of the points take this much memory at most; where they need more, they are made when needed."""
 
@@ -37,6 +39,8 @@ class Projections:
         self._sample_Q = row_Q[(row_Q >= first_row) & (row_Q < first_row + len(rows))] - first_row
         self._basis_DE = random_basis(rows.dim) if self.worth_a_try else torch.empty(rows.dim, 0)
         self._kept_Pd: Tensor | None = None
+        if self.worth_a_try:
+            quieten()
 
     def sample(self) -> Sample:
         """Of rows that do not depend on the number of ranks."""
@@ -50,13 +54,20 @@ class Projections:
         """(s, d)."""
         return centres_sD @ self._basis_DE[:, :dims]
 
+    def keep(self, dims: int, device: torch.device) -> None:
+        """Project all points once, where there is memory for it; `of_points` reads it then."""
+        if len(self._rows) * dims * 4 > _KEPT_BYTES or (self._kept_Pd is not None and self._kept_Pd.shape[1] >= dims):
+            return
+        kept_Pd = self._kept_Pd = torch.empty(len(self._rows), dims)
+
+        def project(start: int) -> None:
+            block_bD = self._rows.block(start, min(start + _BLOCK, len(self._rows)))
+            torch.mm(block_bD, self._basis_DE[:, :dims], out=kept_Pd[start : start + len(block_bD)])
+
+        each(project, range(0, len(self._rows), _BLOCK), device)
+
     def of_points(self, point_b: Tensor, x_bD: Tensor, dims: int) -> Tensor:
         """(b, d). point_b: int64 places of the rows x_bD."""
-        if len(self._rows) * dims * 4 > _KEPT_BYTES:
-            return x_bD @ self._basis_DE[:, :dims]
         if self._kept_Pd is None or self._kept_Pd.shape[1] < dims:
-            self._kept_Pd = torch.empty(len(self._rows), dims)
-            for start in range(0, len(self._rows), 4096):
-                block_bD = self._rows.block(start, min(start + 4096, len(self._rows)))
-                torch.mm(block_bD, self._basis_DE[:, :dims], out=self._kept_Pd[start : start + len(block_bD)])
+            return x_bD @ self._basis_DE[:, :dims]
         return self._kept_Pd[point_b, :dims]

@@ -9,7 +9,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -54,11 +54,14 @@ class Run:
 
 
 def read_results(file: Path) -> list[Result]:
-    """Lines of earlier runs; a last line that was cut off by a crash is left out."""
+    """Earlier runs: the last line of each, of those of the newest pool of their kind; a last line that was cut off by a
+    crash is left out."""
     if not file.is_file():
         return []
-    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in whole]
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    pools = {line["kind"]: line["pool"] for line in lines}
+    last = {key_of(line): line for line in lines if line["pool"] == pools[line["kind"]]}
+    return list(last.values())
 
 
 def key_of(result: Result) -> tuple[Any, ...]:
@@ -75,17 +78,17 @@ def _recipe(run: Run) -> Recipe:
     return ARMS[run.arm].recipe(run.margin)
 
 
-def missing(runs: Sequence[Run], results: Sequence[Result]) -> list[Run]:
-    """Runs of which there is no line with the same settings."""
-    known = {key_of(result): result["settings"] for result in results}
-    return [run for run in runs if known.get(run.key) != settings_of(run)]
+def missing(runs: Sequence[Run], results: Sequence[Result], pools: Mapping[str, str]) -> list[Run]:
+    """Runs of which there is no line with the same settings and the same pool. pools: kind to fingerprint."""
+    known = {key_of(result): (result["settings"], result["pool"]) for result in results}
+    return [run for run in runs if known.get(run.key) != (settings_of(run), pools[run.kind])]
 
 
 def execute(runs: Sequence[Run], *, folder: Path, file: Path, jobs: int) -> None:
     """Do what is missing, a line to `file` as each ends. Ends early at the first run that fails, with its error."""
-    todo = missing(runs, read_results(file))
-    for kind in sorted({run.kind for run in todo}):
-        open_pool(kind, folder)  # once, before the processes
+    # Pools are drawn once, before the processes.
+    pools = {kind: fingerprint(open_pool(kind, folder)) for kind in sorted({run.kind for run in runs})}
+    todo = missing(runs, read_results(file), pools)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs"), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("", total=len(runs), completed=len(runs) - len(todo))

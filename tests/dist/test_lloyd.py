@@ -5,6 +5,7 @@ Legend: N points, P of one rank, K clusters, D embedding size.
 
 from __future__ import annotations
 
+import threading
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from clustering.lloyd import Lloyd
 from clustering.lloyd_reference import plain_iteration
 from clustering.rows import TensorRows
+from clustering.threads import each
 from sharding import shard_of
 from tests.ranks import WORLD_SIZES, RankPool
 
@@ -159,6 +161,61 @@ def test_equals_the_plain_iteration(ranks: RankPool, name: str) -> None:
 def test_the_same_bits_on_any_number_of_ranks(ranks: RankPool, name: str, world_size: int) -> None:
     case = CASES[name]
     _same(_joined(ranks.run(world_size, _run, case, {})), _alone(ranks, case))
+
+
+def _run_on_threads(group: dist.ProcessGroup, case: Case, threads: int) -> tuple[list[dict[str, Any]], set[str], int]:
+    """What `_run` gives, the threads that compared, and torch's threads afterwards."""
+    before, names = torch.get_num_threads(), set()
+
+    class Watched(TensorRows):
+        def block(self, start: int, stop: int) -> torch.Tensor:
+            names.add(threading.current_thread().name)
+            return super().block(start, stop)
+
+    x_ND, start_KD = data(case)
+    torch.set_num_threads(threads)
+    try:
+        lloyd, told = Lloyd(Watched(x_ND), centres_SD=start_KD, num_clusters=case.clusters, group=group, block=64), []
+        for _ in range(case.iterations):
+            done = lloyd.iterate()
+            told.append(
+                {
+                    "centres": lloyd.centres_SD.clone(),
+                    "index": lloyd.index_P,
+                    "best": lloyd.best_P,
+                    "told": (done.number, done.mean_cosine, done.moved, done.empty),
+                }
+            )
+        return told, names, torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["clustered", "copies", "projected"])
+def test_threads_change_nothing(ranks: RankPool, name: str) -> None:
+    case = CASES[name]
+    found, names, threads = ranks.run(1, _run_on_threads, case, 3)[0]
+    _same(found, _alone(ranks, case)[: case.iterations])
+    assert threads == 3
+    assert len(names) > 1 or len(data(case)[0]) <= 64
+
+
+def _fails(place: int) -> int:
+    if place == 5:
+        raise OSError("disk gone")
+    return place
+
+
+def test_a_thread_that_fails_fails_the_work() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert each(_fails, range(5), torch.device("cpu")) == [0, 1, 2, 3, 4]
+        with pytest.raises(OSError, match="disk gone"):
+            each(_fails, range(9), torch.device("cpu"))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -136,18 +136,24 @@ def test_margins_are_chosen_on_validation_of_the_tuning_seeds_alone() -> None:
 def test_a_run_is_done_once_and_again_when_its_settings_change(tmp_path: Path) -> None:
     run = Run("features", "faces", "clean", "pull", 0.5, 0)
     line = {**_line("pull", 0.5, 0), "cell": "clean", "settings": runs.settings_of(run)}
-    assert runs.missing([run], []) == [run]
-    assert runs.missing([run], [line]) == []
+    pools = {"faces": "p"}
+    assert runs.missing([run], [], pools) == [run]
+    assert runs.missing([run], [line], pools) == []
+    assert runs.missing([run], [line], {"faces": "drawn elsewhere"}) == [run]
     changed = json.loads(json.dumps(line))
     changed["settings"]["epochs"] += 1
-    assert runs.missing([run], [changed]) == [run]
+    assert runs.missing([run], [changed], pools) == [run]
 
     file = tmp_path / "lines.jsonl"
     runs._append(file, line)
     file.write_text(file.read_text() + '{"tier": "fea')  # a crash in the middle of a line
     assert runs.read_results(file) == [line]
-    runs._append(file, changed)
-    assert runs.read_results(file) == [line, changed]
+    other = {**line, "seed": 1}
+    for later in (other, changed):
+        runs._append(file, later)
+    assert runs.read_results(file) == [changed, other]
+    runs._append(file, {**line, "seed": 2, "pool": "q"})
+    assert [result["seed"] for result in runs.read_results(file)] == [2], "one pool at a time"
 
 
 def test_answers_name_the_best_arcface_of_the_runs_and_correct_for_three_questions() -> None:
