@@ -1,4 +1,4 @@
-"""The embedding bank: the newest embedding of every training sample, each on the rank that owns its class.
+"""The embedding bank: the embedding of every training sample, each on the rank that owns its class.
 
 It is filled for free from the batch that the head's gather puts on every rank. Rows lie sorted by (class, sample),
 so that the order of every sum over a class does not depend on the number of ranks.
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.errors import ClusterStateError
+from clustering.shards import unit_or
 from partial_fc.collectives import GatheredBatch
 from sharding import all_shards
 
@@ -50,8 +51,10 @@ class EmbeddingBank:
         group: dist.ProcessGroup,
         device: torch.device,
         dtype: torch.dtype = torch.bfloat16,
+        momentum: float = 0.0,
     ) -> None:
-        """labels: int64 (num_samples,), the class of every training sample, the same on all ranks.
+        """labels: int64 (num_samples,), the class of every training sample, the same on all ranks. momentum: a row
+        becomes unit(momentum row + (1 - momentum) embedding) when its sample comes again; 0 keeps the newest.
 
         Raises ValueError when a label is not in [0, num_classes).
         """
@@ -60,7 +63,7 @@ class EmbeddingBank:
                 f"labels: expected classes 0 … {num_classes - 1}, got {labels.min()} … {labels.max()}: "
                 "check the records"
             )
-        self.num_samples = len(labels)
+        self.num_samples, self._momentum = len(labels), momentum
         shards = all_shards(dist.get_world_size(group), num_classes)
         self.shard = shards[dist.get_rank(group)]
         before = np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=num_classes))])
@@ -103,7 +106,11 @@ class EmbeddingBank:
         known_N = (batch.labels_N >= 0) & (ids_N >= 0) & (ids_N < self.num_samples) & batch.x_ND.isfinite().all(1)
         slot_N = self._slot_of_sample[ids_N.clamp(0, self.num_samples - 1)].long()
         slot_N = torch.where(known_N & (slot_N >= 0), slot_N, self.size)
-        self._x.index_copy_(0, slot_N, batch.x_ND.to(self._x.dtype))
+        x_ND = batch.x_ND
+        if self._momentum:
+            mean_ND = torch.lerp(x_ND, self._x[slot_N].to(x_ND.dtype), self._momentum)
+            x_ND = torch.where(self._seen[slot_N, None], unit_or(mean_ND, x_ND), x_ND)
+        self._x.index_copy_(0, slot_N, x_ND.to(self._x.dtype))
         self._seen.index_fill_(0, slot_N, True)
 
     def state_dict(self) -> dict[str, Tensor]:

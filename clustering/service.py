@@ -2,13 +2,14 @@
 
     observe(batch)    after each micro-batch: bank and centres take its embeddings in
     advance(step)     after each optimizer step: a few slices of the refresh under way; publishes at its end
-    row_margins, row_labels, hard_classes, contrastive, alignment, ramp     read by the losses of a step
+    for_head, row_margins, hard_classes, contrastive, alignment, ramp     read by the losses of a step
 
 Legend: N rows of the global batch, D embedding size, R classes of this rank, K clusters, M = N x k hard classes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -30,6 +31,7 @@ from clustering.published import Published
 from clustering.refresh import Refresh
 from clustering.schedule import RefreshSchedule
 from clustering.start import read_start, start_of
+from clustering.weighting import weighted_gradient
 from configs.schema import ClusteringConfig
 from partial_fc.collectives import GatheredBatch
 from sharding import shard_of
@@ -72,7 +74,13 @@ class ClusterService:
         self.num_classes, self.product_dtype = num_classes, product_dtype
         self.num_clusters = num_classes + round(config.extra_clusters * num_classes)
         self.bank = EmbeddingBank(
-            labels=labels, num_classes=num_classes, dim=dim, group=group, device=device, dtype=bank_dtype
+            labels=labels,
+            num_classes=num_classes,
+            dim=dim,
+            group=group,
+            device=device,
+            dtype=bank_dtype,
+            momentum=config.bank_momentum,
         )
         self.classes = self.bank.shard
         self.clusters = shard_of(dist.get_rank(group), dist.get_world_size(group), self.num_clusters)
@@ -126,6 +134,22 @@ class ClusterService:
             return batch.labels_N
         return torch.where(self._published.cluster_of(batch)[1], -1, batch.labels_N)
 
+    def row_weights(self, batch: GatheredBatch) -> Tensor | None:
+        """With `level_weight`, what each row counts for, float32 (N,), the same on every rank; None: all alike.
+
+        No collective, no host sync.
+        """
+        ramp = self.ramp(self._done)
+        if self._published is None or not self.config.level_weight or ramp == 0:
+            return None
+        return self._published.row_weights(batch, ramp)
+
+    def for_head(self, batch: GatheredBatch) -> GatheredBatch:
+        """The batch as the margin softmax takes it: `row_labels`, and gradients of x_ND by `row_weights`."""
+        weight_N = self.row_weights(batch)
+        x_ND = batch.x_ND if weight_N is None else weighted_gradient(batch.x_ND, weight_N)
+        return dataclasses.replace(batch, x_ND=x_ND, labels_N=self.row_labels(batch))
+
     def hard_classes(self, batch: GatheredBatch) -> Tensor | None:
         """The `hard_negatives` nearest classes of each row's class, int64 (M,), repetitions and -1 for none among them.
 
@@ -144,6 +168,7 @@ class ClusterService:
             self._candidates,
             self._published.cluster_of(batch)[1],
             temperature=self.config.temperature,
+            weight_N=self.row_weights(batch),
             product_dtype=self.product_dtype,
         )
 

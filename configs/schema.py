@@ -84,6 +84,8 @@ class ClusteringConfig:
     """Largest share of a training step's time for refreshes, which are spread longer or cut to keep it; 0: no limit."""
     start: str = ""
     """.npy with the cluster of each sample, from a stand-alone k-means, to start the first refresh from."""
+    bank_momentum: float = 0.0
+    """Moving average of a sample's embeddings over the epochs, of which clusters are made; 0: the newest alone."""
     centre_momentum: float = 0.9
     """Moving average of the cluster centres between refreshes."""
     hard_level_momentum: float = 0.5
@@ -110,6 +112,8 @@ class ClusteringConfig:
     """Smallest class margin. (Samples that look mislabelled get the smallest that any class has.)"""
     margin_high: float = 0.65
     """Largest class margin."""
+    level_weight: float = 0.0
+    """kappa: by how much less samples of hard classes move the features than those of easy ones; 0: all alike."""
     temperature: float = 0.1
     """tau of the contrastive loss."""
     contrastive_weight: float = 0.5
@@ -127,7 +131,7 @@ class ClusteringConfig:
         require(0 < self.refresh_span <= 1, at + "refresh_span", self.refresh_span, "0 < span <= 1")
         require(self.block >= 1, at + "block", self.block, "at least 1")
         require(0 <= self.step_budget < 1, at + "step_budget", self.step_budget, "0 (no limit) to below 1")
-        for name in ("centre_momentum", "hard_level_momentum"):
+        for name in ("bank_momentum", "centre_momentum", "hard_level_momentum"):
             value = getattr(self, name)
             require(0 <= value < 1, at + name, value, "0 <= momentum < 1")
         require(self.shrinkage >= 0, at + "shrinkage", self.shrinkage, "0 or more")
@@ -138,6 +142,7 @@ class ClusteringConfig:
         require(self.margin_rule in rules, at + "margin_rule", self.margin_rule, "hard_level or kappaface")
         require(self.direction in (-1, 0, 1), at + "direction", self.direction, "-1, 0 or 1")
         require(self.margin_delta >= 0, at + "margin_delta", self.margin_delta, "0 or more")
+        require(0 <= self.level_weight < 1, at + "level_weight", self.level_weight, "0 (all alike) to below 1")
         require(
             0 <= self.margin_low <= self.margin_high < 1.5,
             at + "margin_low, margin_high",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class TrainStep:
                 total = margin = self.head(batch, step=step)
             else:
                 margin = self.head(
-                    replace(batch, labels_N=self.service.row_labels(batch)),
+                    self.service.for_head(batch),
                     step=step,
                     row_margins_N=self.service.row_margins(batch),
                     hard_classes_M=self.service.hard_classes(batch),

@@ -6,7 +6,7 @@ Legend: N samples, B rows of a batch, D embedding size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -130,8 +130,7 @@ def _backward(
     if service is None:
         loss = margin = head(batch, step=step)
     else:
-        judged = replace(batch, labels_N=service.row_labels(batch))
-        loss = margin = head(judged, step=step, row_margins_N=service.row_margins(batch))
+        loss = margin = head(service.for_head(batch), step=step, row_margins_N=service.row_margins(batch))
         ramp, c = service.ramp(step), service.config
         if ramp > 0:
             contrastive, alignment = service.contrastive(batch), service.alignment(batch, head.weight)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clustering.margins import class_margins, smallest_margin
+from clustering.margins import class_margins, class_weights, smallest_margin
 from clustering.published import Published
 from clustering.service import ClusterService
 from clustering.shards import add_rows_, unit_or
@@ -19,7 +19,7 @@ _SEED = 1000
 
 
 def _shuffled_margins(service: ClusterService, published: Published, draw: torch.Generator) -> Published:
-    """Each class gets the hard level of another: margins of the same kind, for no reason."""
+    """Each class gets the hard level of another: margins and weights of the same kind, for no reason."""
     c = service.config
     order_R = torch.randperm(len(published.hard_R), generator=draw)
     hard_R = published.hard_R[order_R]
@@ -34,7 +34,9 @@ def _shuffled_margins(service: ClusterService, published: Published, draw: torch
         delta=c.margin_delta,
         direction=c.direction,
     )
-    return replace(published, hard_R=hard_R, margin_R=margin_R, smallest=smallest_margin(margin_R, service.margin))
+    g_C = class_weights(hard_R, published.samples_R.double(), c.level_weight).float()
+    smallest = smallest_margin(margin_R, service.margin)
+    return replace(published, hard_R=hard_R, margin_R=margin_R, smallest=smallest, g_C=g_C)
 
 
 class ShuffledLevels(ClusterService):

@@ -95,6 +95,7 @@ def _contrastive(group: dist.ProcessGroup, p: dict[str, Tensor], wanted: Case) -
             candidates,
             p["suspect"],
             temperature=wanted.get("tau", 0.1),
+            weight_N=p.get("g"),
             product_dtype=wanted.get("product_dtype", torch.float32),
         )
     finally:
@@ -106,7 +107,8 @@ def _contrastive(group: dist.ProcessGroup, p: dict[str, Tensor], wanted: Case) -
 def _dense_contrastive(p: dict[str, Tensor], tau: float = 0.1) -> tuple[float, Tensor]:
     x_ND = p["x"].float().double().requires_grad_()  # the rows that the ranks are given
     taken_N = (p["labels"] >= 0) & ~p["suspect"]
-    loss = dense_contrastive(x_ND, p["labels"], taken_N, p["c"].float().double(), p["owner"], p["weight"], tau)
+    centres = (p["c"].float().double(), p["owner"], p["weight"])
+    loss = dense_contrastive(x_ND, p["labels"], taken_N, *centres, tau, row_weight_N=p.get("g"))
     loss.backward()
     assert x_ND.grad is not None
     return loss.item(), x_ND.grad
@@ -131,6 +133,22 @@ def test_contrastive_of_one_row(ranks: RankPool) -> None:
     (found,) = ranks.run(1, _contrastive, p, {})
     assert found["loss"] == pytest.approx(truth, rel=1e-5, abs=0)
     assert relative(found["x"], grad_x) < 1e-5
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("name", ["odd shapes", "unlabelled and suspect rows", "classes without a cluster"])
+def test_weighted_rows_equal_dense(ranks: RankPool, name: str, world_size: int) -> None:
+    p = _problem(CASES[name])
+    p["g"] = torch.rand(len(p["x"]), generator=torch.Generator().manual_seed(9)) * 2
+    loss, grad_x = _dense_contrastive(p)
+    parts = ranks.run(world_size, _contrastive, p, {})
+    assert all(part["loss"] == pytest.approx(loss, rel=1e-5) for part in parts)
+    assert relative(torch.cat([part["x"] for part in parts]), grad_x) < 1e-5
+    ones = {**p, "g": torch.ones(len(p["x"]))}
+    assert (
+        ranks.run(1, _contrastive, ones, {})[0]["loss"]
+        == ranks.run(1, _contrastive, _problem(CASES[name]), {})[0]["loss"]
+    )
 
 
 def test_gradient_follows_the_factor_of_the_loss(ranks: RankPool) -> None:

@@ -63,6 +63,22 @@ def test_samples_lie_by_class_then_sample() -> None:
     assert points.seen_P.tolist() == [True, False, True, False, False, True, False]
 
 
+def test_momentum_averages_what_a_sample_was_and_is() -> None:
+    bank = _bank(momentum=0.75)
+    first, second = (torch.nn.functional.normalize(torch.randn(2, 2, DIM), dim=2)).unbind()
+    bank.update(_batch([6, 0], first))
+    assert torch.equal(bank.points().x_PD[[6, 3]], first), "the first as it is"
+    bank.update(_batch([6, 0], second))
+    mean = torch.nn.functional.normalize(0.75 * first + 0.25 * second)
+    assert torch.allclose(bank.points().x_PD[[6, 3]], mean, atol=1e-6)
+    bank.update(_batch([6], -mean[:1]))  # 0.5 of its own way: no direction is lost
+    assert torch.allclose(bank.points().x_PD[6], mean[0], atol=1e-6)
+    opposite = _bank(momentum=0.5)
+    opposite.update(_batch([6], first[:1]))
+    opposite.update(_batch([6], -first[:1]))
+    assert torch.equal(opposite.points().x_PD[6], -first[0]), "without a mean direction the newest"
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 def test_each_sample_lies_with_the_owner_of_its_class(size: int) -> None:
     banks = [_bank(rank, size) for rank in range(size)]
