@@ -110,8 +110,8 @@ def contrastive_loss(
     """L_scc: mean of g_i loss_i over the rows that take part; a scalar, the same on all ranks, 0 when none does.
 
     Rows that are suspect (bool (N,)) or have label -1 take no part; a row whose class owns no candidate adds 0.
-    weight_N: g_i, float32 (N,), the same on all ranks; 1 if None. temperature: tau, above 0.02 so that exp(1 / tau) fits
-    float32. product_dtype: operands of the matrix products.
+    weight_N: g_i, float32 (N,), the same on all ranks; 1 if None. temperature: tau, above 0.02, so that exp(1 / tau)
+    fits float32. product_dtype: operands of the matrix products.
     Backward gives x_ND this rank's candidates' share of the gradient (sum over ranks to get all of it). Forward
     runs one all-reduce of 2N floats, backward none; no host sync.
     """
