@@ -152,6 +152,10 @@ class KMeansRun:
         """The centres of `rank`, (S, D), until something else is shown. One broadcast."""
         return show_rows(self.centres_SD, self.shards[rank], rank, self.group, self._shown_XD)
 
+    def work_space(self, rows: int) -> Tensor:
+        """int64 zeros (rows, D) for the gate, as many rows as the largest shard of clusters at most; until means."""
+        return self._sums_XD[:rows].zero_()
+
     def _withdraw(self) -> None:
         """Go on as a rank without points, in place."""
         self.taking_part_P.fill_(False)

@@ -104,26 +104,6 @@ class CountTable:
         return torch.where(key_R >= 0, self.num_clusters - 1 - key_R % self.num_clusters, -1)
 
 
-def find_suspects(table: CountTable, class_P: Tensor, cluster_P: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The noise gate: samples that look mislabelled, bool (P,). One all-reduce."""
-    dominant_K, _ = table.best_class(torch.ones_like(table.row_Q, dtype=torch.bool), group)
-    return suspects_of(table, dominant_K, class_P, cluster_P)
-
-
-def suspects_of(table: CountTable, dominant_K: Tensor, class_P: Tensor, cluster_P: Tensor) -> Tensor:
-    """The gate's rule, bool (P,), from the class that dominates each cluster (int64 (K,)). No collective.
-
-    A sample is suspect when another class dominates its cluster while its own class dominates its own modal
-    cluster: then the class has a place of its own, and the sample lies in another's. (It is then outside the
-    modal cluster by itself.) A class whose samples are merely scattered dominates clusters and has no suspects.
-    """
-    modal_R = table.best_cluster(torch.ones_like(table.row_Q, dtype=torch.bool))
-    class_R = torch.arange(table.shard.start, table.shard.stop, device=modal_R.device)
-    settled_R = (modal_R >= 0) & (dominant_K[modal_R.clamp_min(0)] == class_R)
-    elsewhere_P = (cluster_P >= 0) & (dominant_K[cluster_P.clamp_min(0)] != class_P)
-    return elsewhere_P & settled_R[class_P - table.shard.start]
-
-
 def agreement(table: CountTable, size_K: Tensor) -> Tensor:
     """F_y = 2PR / (P + R), float64 (R,): BCubed precision P and pairwise recall R of each class.
 

@@ -34,6 +34,20 @@ def dense_suspects(labels_N: Tensor, clusters_N: Tensor, C: int, K: int) -> Tens
     return torch.tensor(suspects)
 
 
+def dense_clear_suspects(
+    suspect_N: Tensor, x_ND: Tensor, labels_N: Tensor, clusters_N: Tensor, best_N: Tensor, C: int, K: int, gap: float
+) -> Tensor:
+    """Suspects whose cosine to their cluster, best_N, is above the one to their class's home by more than gap: the unit
+    mean of its samples in its modal cluster. bool (N,)."""
+    t_CK = dense_counts(labels_N, clusters_N, C, K)
+    clear_N = suspect_N.clone()
+    for i in suspect_N.nonzero()[:, 0].tolist():
+        y = int(labels_N[i])
+        home_D = x_ND[(labels_N == y) & (clusters_N == int(t_CK[y].argmax()))].double().sum(0)
+        clear_N[i] = best_N[i] - x_ND[i].double() @ F.normalize(home_D, dim=0) > gap
+    return clear_N
+
+
 def dense_agreement(t_CK: Tensor) -> Tensor:
     """F_y = 2PR / (P + R) with BCubed precision P and pairwise recall R; R = 1 for one sample, F = 0 for none."""
     f_C = torch.zeros(len(t_CK), dtype=torch.float64)

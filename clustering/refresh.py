@@ -16,8 +16,9 @@ from torch import Tensor
 
 from clustering.bank import EmbeddingBank
 from clustering.dist_kmeans import KMeansRun
+from clustering.gate import clearly_elsewhere, suspects_of
 from clustering.guard import Guard
-from clustering.hardness import CountTable, suspects_of
+from clustering.hardness import CountTable
 from clustering.pace import Plan
 from clustering.publication import Publication, dominant_classes
 from clustering.published import Published
@@ -49,7 +50,7 @@ class Refresh:
         self.guard = Guard()
         self.done = 0
         self._bank, self._group = bank, group
-        self._num_classes, self._num_clusters = num_classes, num_clusters
+        self._num_classes, self._num_clusters, self._gap = num_classes, num_clusters, config.noise_gap
         self.points = bank.snapshot()
         self._nobody_P = torch.zeros_like(self.points.seen_P)
         self.run = KMeansRun(
@@ -85,11 +86,22 @@ class Refresh:
             CountTable.empty(*sizes, cluster_P.device),
         )
         dominant_K, _ = dominant_classes(table, "gate", self.guard, self._group)
-        return self.guard.run(
-            "gate",
-            lambda: (cluster_P >= 0) & ~suspects_of(table, dominant_K, bank.class_P, cluster_P),
-            self._nobody_P,
-        )
+        return self.guard.run("gate", lambda: self._counted(table, dominant_K, cluster_P), self._nobody_P)
+
+    def _counted(self, table: CountTable, dominant_K: Tensor, cluster_P: Tensor) -> Tensor:
+        suspect_P = suspects_of(table, dominant_K, self._bank.class_P, cluster_P)
+        if self._gap > 0:
+            suspect_P = clearly_elsewhere(
+                suspect_P,
+                table,
+                self.points.x_PD,
+                self._bank.class_P,
+                cluster_P,
+                self.run.best_P,
+                gap=self._gap,
+                sums_RD=self.run.work_space(table.shard.size),
+            )
+        return (cluster_P >= 0) & ~suspect_P
 
     @property
     def slices(self) -> tuple[int, int]:

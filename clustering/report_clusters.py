@@ -15,7 +15,8 @@ from torch import Tensor
 
 from clustering.bank import Points
 from clustering.dist_kmeans import KMeansRun
-from clustering.hardness import CountTable, agreement, cohesion, find_suspects, hard_level
+from clustering.gate import find_suspects
+from clustering.hardness import CountTable, agreement, cohesion, hard_level
 from clustering.report_data import Bools, Doubles, Ints, Labelled
 from configs.schema import ClusteringConfig
 from sharding import Shard

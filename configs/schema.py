@@ -96,6 +96,8 @@ class ClusteringConfig:
     """Weight of 1 - F in the hard level; the rest goes to 1 - rho, the spread within the class."""
     noise_gate: bool = True
     """Leave samples that look mislabelled out of hard level, centres and contrastive loss."""
+    noise_gap: float = 0.0
+    """Let pass those whose cosine to their cluster is not above the one to their own class by more than this."""
     drop_suspects: bool = False
     """Leave samples that look mislabelled out of the margin softmax too, once the ramp has begun."""
     warmup_fraction: float = 0.2
@@ -142,6 +144,7 @@ class ClusteringConfig:
         require(self.margin_rule in rules, at + "margin_rule", self.margin_rule, "hard_level or kappaface")
         require(self.direction in (-1, 0, 1), at + "direction", self.direction, "-1, 0 or 1")
         require(self.margin_delta >= 0, at + "margin_delta", self.margin_delta, "0 or more")
+        require(0 <= self.noise_gap <= 2, at + "noise_gap", self.noise_gap, "0 to 2, a difference of cosines")
         require(0 <= self.level_weight < 1, at + "level_weight", self.level_weight, "0 (all alike) to below 1")
         require(
             0 <= self.margin_low <= self.margin_high < 1.5,

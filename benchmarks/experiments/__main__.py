@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = read_results(args.lines)
     try:
         if args.command == "tune":
-            execute(plan.tuning_runs(args.kinds, args.only), folder=args.folder, file=args.lines, jobs=args.jobs)
+            execute(
+                plan.tuning_runs(args.kinds, args.cells, args.only), folder=args.folder, file=args.lines, jobs=args.jobs
+            )
             _say_margins(read_results(args.lines))
         elif args.command == "run":
             runs = plan.final_runs(args.tier, args.kinds, args.cells, args.only, plan.chosen_margins(results))
@@ -56,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say_margins(results: Sequence[Result]) -> None:
-    for (kind, arm), margin in plan.chosen_margins(results).items():
-        print(f"{kind}: {arm} takes margin {margin:g}")
+    for (kind, cell, arm), margin in plan.chosen_margins(results).items():
+        print(f"{kind}, {cell}: {arm} takes margin {margin:g}")
 
 
 def _report(results: Sequence[Result], args: argparse.Namespace, arguments: Sequence[str]) -> None:

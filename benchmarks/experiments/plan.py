@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from benchmarks.experiments.arms import ARMS
+from benchmarks.experiments.cells import CELLS
 from benchmarks.experiments.runs import Result, Run
 
-TUNING_CELL = "noise tail"
 TUNING_SEEDS = (100, 101)
 SEEDS = tuple(range(10))
 PRIMARY_CELLS = ("noise tail", "clean")
@@ -27,26 +27,33 @@ WORSE_AT_MOST = 0.2
 ARCFACE = [name for name in ARMS if name.startswith("arcface")]
 AGAINST = ("full, levels shuffled", "full, all shuffled")
 
-Margins = Mapping[tuple[str, str], float]
+Margins = Mapping[tuple[str, str, str], float]
 
 
-def tuning_runs(kinds: Sequence[str], arms: Sequence[str]) -> list[Run]:
-    """Every arm's tries."""
+def tuned_in(cell: str) -> str:
+    """The primary cell in which margins for `cell` are chosen: large ones suit wrong labels, small ones right ones."""
+    noisy, clean = PRIMARY_CELLS
+    return noisy if CELLS[cell].noise or CELLS[cell].strangers else clean
+
+
+def tuning_runs(kinds: Sequence[str], cells: Sequence[str], arms: Sequence[str]) -> list[Run]:
+    """Every arm's tries, in the primary cells that `cells` need."""
     return [
-        Run("features", kind, TUNING_CELL, arm, margin, seed)
+        Run("features", kind, cell, arm, margin, seed)
         for seed in TUNING_SEEDS
+        for cell in dict.fromkeys(tuned_in(cell) for cell in cells)
         for kind in kinds
         for arm in arms
         for margin in ARMS[arm].margins
     ]
 
 
-def chosen_margins(results: Sequence[Result]) -> dict[tuple[str, str], float]:
-    """Of each (kind, arm) the margin of the best mean TAR on validation identities; ties to the smaller margin."""
-    tries: dict[tuple[str, str], dict[float, list[float]]] = {}
+def chosen_margins(results: Sequence[Result]) -> dict[tuple[str, str, str], float]:
+    """Of each (kind, primary cell, arm) the margin of best mean TAR on validation identities; ties to the smaller."""
+    tries: dict[tuple[str, str, str], dict[float, list[float]]] = {}
     for result in results:
-        if result["seed"] in TUNING_SEEDS and result["cell"] == TUNING_CELL and result["tier"] == "features":
-            arm = tries.setdefault((result["kind"], result["arm"]), {})
+        if result["seed"] in TUNING_SEEDS and result["cell"] in PRIMARY_CELLS and result["tier"] == "features":
+            arm = tries.setdefault((result["kind"], result["cell"], result["arm"]), {})
             arm.setdefault(result["margin"], []).append(result["validation"][0])
     return {
         key: min(margins, key=lambda margin: (-sum(margins[margin]) / len(margins[margin]), margin))
@@ -62,7 +69,7 @@ def final_runs(
     Raises KeyError where an arm has no margin yet.
     """
     return [
-        Run(tier, kind, cell, arm, margins[kind, arm], seed)
+        Run(tier, kind, cell, arm, margins[kind, tuned_in(cell), arm], seed)
         for seed in SEEDS
         for cell in cells
         for kind in kinds

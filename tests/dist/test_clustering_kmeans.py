@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.dist_kmeans import KMeansRun
-from clustering.hardness import CountTable, find_suspects
+from clustering.gate import find_suspects
+from clustering.hardness import CountTable
 from clustering.kmeans import class_mean_centres, spherical_kmeans
 from clustering.reference import dense_suspects
 from sharding import shard_of

@@ -130,7 +130,18 @@ def test_margins_are_chosen_on_validation_of_the_tuning_seeds_alone() -> None:
         for seed in plan.TUNING_SEEDS
     ]
     lines.append(_line("full", 0.3, 0, validation=99.0))
-    assert plan.chosen_margins(lines) == {("faces", "full"): 0.5}
+    assert plan.chosen_margins(lines) == {("faces", "noise tail", "full"): 0.5}
+
+
+def test_margins_come_from_the_cell_that_is_most_alike() -> None:
+    assert [plan.tuned_in(cell) for cell in ("clean", "tail", "fragments", "noise", "strangers tail")] == [
+        *["clean"] * 3,
+        *["noise tail"] * 2,
+    ]
+    runs_of = {cell: plan.tuning_runs(["faces"], [cell], ["full"]) for cell in ("tail", "noise", "strangers tail")}
+    assert {run.cell for run in runs_of["tail"]} == {"clean"}
+    assert runs_of["noise"] == runs_of["strangers tail"]
+    assert len(runs_of["noise"]) == len(plan.TUNING_SEEDS) * len(ARMS["full"].margins)
 
 
 def test_a_run_is_done_once_and_again_when_its_settings_change(tmp_path: Path) -> None:
