@@ -23,7 +23,10 @@ _OFF: dict[str, Any] = {
     "contrastive_weight": 0.0,
     "alignment_weight": 0.0,
     "noise_gate": False,
+    "noise_gap": 0.0,
     "drop_suspects": False,
+    "bank_momentum": 0.0,
+    "level_weight": 0.0,
 }
 
 
@@ -54,9 +57,9 @@ def _kappaface(margin: float) -> Recipe:
     return replace(_arcface(margin), clustering=ClusteringConfig(**settings))
 
 
-_GATE: dict[str, Any] = {"noise_gate": True}
+_GATE: dict[str, Any] = {"noise_gate": True, "noise_gap": 0.2, "bank_momentum": 0.5}
 _DROP: dict[str, Any] = {**_GATE, "drop_suspects": True}
-_PULL: dict[str, Any] = {"contrastive_weight": 2.0}
+_PULL: dict[str, Any] = {"contrastive_weight": 0.5}
 _ALIGN: dict[str, Any] = {"alignment_weight": 0.1}
 _FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
 
@@ -68,10 +71,12 @@ ARMS: dict[str, Arm] = {
     "harder smaller": Arm("hard classes get smaller margins; gated", MARGINS, _clusters(**_GATE, direction=-1)),
     "larger, ungated": Arm("hard classes get larger margins; no gate", MARGINS, _clusters(direction=1)),
     "smaller, ungated": Arm("hard classes get smaller margins; no gate", MARGINS, _clusters(direction=-1)),
+    "weights": Arm("hard classes count for less; gated", MARGINS, _clusters(**_GATE, level_weight=0.4)),
     "drop": Arm("suspects leave the margin softmax, nothing else", MARGINS, _clusters(**_DROP)),
     "pull": Arm("contrastive loss alone", MARGINS, _clusters(**_GATE, **_PULL)),
     "pull, align": Arm("contrastive and alignment losses", MARGINS, _clusters(**_GATE, **_PULL, **_ALIGN)),
-    "full": Arm("everything", MARGINS, _clusters(**_FULL)),
+    "full": Arm("drop, pull, align and larger margins for hard classes", MARGINS, _clusters(**_FULL)),
+    "full, one margin": Arm("the same with one margin for all", MARGINS, _clusters(**{**_FULL, "direction": 0})),
     "full, levels shuffled": Arm("placebo: the hard level of another class", MARGINS, _clusters("levels", **_FULL)),
     "full, all shuffled": Arm(
         "placebo: besides, classes as clusters, and suspects by lot",

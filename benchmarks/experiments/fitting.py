@@ -33,7 +33,8 @@ class Recipe:
     clustering: ClusteringConfig | None = None
     placebo: str = ""
     """A name of `placebo.PLACEBOS`: what is shuffled."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=0.1, reference_batch=0, warmup_epochs=1))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=0.01, reference_batch=0, warmup_epochs=1))
+    """The rate is the one of 0.005, 0.01, 0.03 and 0.1 at which plain ArcFace did best (docs/experiments.md)."""
 
 
 @dataclass(frozen=True, slots=True)
