@@ -84,7 +84,7 @@ class ClusteringConfig:
     """Largest share of a training step's time for refreshes, which are spread longer or cut to keep it; 0: no limit."""
     start: str = ""
     """.npy with the cluster of each sample, from a stand-alone k-means, to start the first refresh from."""
-    bank_momentum: float = 0.0
+    bank_momentum: float = 0.5
     """Moving average of a sample's embeddings over the epochs, of which clusters are made; 0: the newest alone."""
     centre_momentum: float = 0.9
     """Moving average of the cluster centres between refreshes."""
@@ -96,9 +96,9 @@ class ClusteringConfig:
     """Weight of 1 - F in the hard level; the rest goes to 1 - rho, the spread within the class."""
     noise_gate: bool = True
     """Leave samples that look mislabelled out of hard level, centres and contrastive loss."""
-    noise_gap: float = 0.0
+    noise_gap: float = 0.2
     """Let pass those whose cosine to their cluster is not above the one to their own class by more than this."""
-    drop_suspects: bool = False
+    drop_suspects: bool = True
     """Leave samples that look mislabelled out of the margin softmax too, once the ramp has begun."""
     warmup_fraction: float = 0.2
     """Share of all steps trained as plain ArcFace."""

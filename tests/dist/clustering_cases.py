@@ -23,6 +23,7 @@ CASES: dict[str, Case] = {
     "classes without samples": {"sizes": [0, 9, 0, 6, 7, 0, 0], "dim": 4, "extra": 1},
     "fewer classes than ranks": {"sizes": [9, 14, 5], "dim": 3, "extra": 0},
     "more clusters than samples": {"sizes": [1, 2, 2, 1], "dim": 4, "extra": 12},
+    "one class": {"sizes": [14], "dim": 4, "extra": 2},
     "one sample a class": {"sizes": [1] * 10, "dim": 4, "extra": 2},
     "not all seen": {"sizes": [8, 3, 6, 6, 9], "dim": 4, "extra": 2, "unseen": 5},
     "labels confused": {"sizes": [10] * 9, "dim": 8, "extra": 2, "spread": 0.15, "flipped": 14},

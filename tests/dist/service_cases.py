@@ -27,6 +27,9 @@ SETTINGS: dict[str, Any] = {
     "warmup_fraction": 0.2,
     "ramp_fraction": 0.25,
     "margin_delta": 0.1,
+    "bank_momentum": 0.0,
+    "noise_gap": 0.0,
+    "drop_suspects": False,
 }
 """Refreshes begin after 4, 8 and 12 steps and are published 2 steps later; the ramp grows from step 6 to 10."""
 
