@@ -12,56 +12,85 @@ from torch import Tensor
 
 from clustering.margins import class_margins, class_weights, smallest_margin
 from clustering.published import Published
+from clustering.refresh import Refresh
 from clustering.service import ClusterService
 from clustering.shards import add_rows_, unit_or
+from partial_fc.collectives import GatheredBatch
 
 _SEED = 1000
 
 
-def _shuffled_margins(service: ClusterService, published: Published, draw: torch.Generator) -> Published:
-    """Each class gets the hard level of another: margins and weights of the same kind, for no reason."""
-    c = service.config
-    order_R = torch.randperm(len(published.hard_R), generator=draw)
-    hard_R = published.hard_R[order_R]
-    suspects = 0 if c.drop_suspects else int((published.code_I < 0).sum())
+def _with_levels(
+    service: ClusterService, published: Published, level_R: Tensor, samples_R: Tensor, suspects: int
+) -> Published:
+    """Margins and weights as they follow from other hard levels."""
+    c, n_R = service.config, samples_R.double()
     margin_R = class_margins(
-        hard_R,
-        published.samples_R.double(),
-        suspects=suspects,
+        level_R,
+        n_R,
+        suspects=0 if c.drop_suspects else suspects,
         margin=service.margin,
         low=c.margin_low,
         high=c.margin_high,
         delta=c.margin_delta,
         direction=c.direction,
     )
-    g_C = class_weights(hard_R, published.samples_R.double(), c.level_weight).float()
-    smallest = smallest_margin(margin_R, service.margin)
-    return replace(published, hard_R=hard_R, margin_R=margin_R, smallest=smallest, g_C=g_C)
+    return replace(
+        published,
+        hard_R=level_R,
+        samples_R=samples_R,
+        margin_R=margin_R,
+        smallest=smallest_margin(margin_R, service.margin),
+        g_C=class_weights(level_R, n_R, c.level_weight).float(),
+    )
 
 
-class ShuffledLevels(ClusterService):
-    """Hard levels are dealt out anew among the classes; all else is as it is."""
+class _Placebo(ClusterService):
+    """Losses and margins see the lie; the next refresh goes on from what was really found."""
+
+    _honest: Published | None = None
 
     def _adopt(self, published: Published) -> None:
-        draw = torch.Generator().manual_seed(_SEED + published.version)
-        super()._adopt(_shuffled_margins(self, published, draw))
+        self._honest = published
+        super()._adopt(self._lie(published, torch.Generator().manual_seed(_SEED + published.version)))
+
+    def _lie(self, published: Published, draw: torch.Generator) -> Published:
+        raise NotImplementedError
+
+    def _new_refresh(self) -> Refresh:
+        shown, self._published = self._published, self._honest
+        try:
+            return super()._new_refresh()
+        finally:
+            self._published = shown
 
 
-class ShuffledEverything(ClusterService):
-    """Besides, clusters are the classes themselves, and as many samples as were suspect are drawn by lot."""
+class ShuffledLevels(_Placebo):
+    """Each class gets the hard level of another: margins and weights of the same kind, for no reason."""
 
-    def _adopt(self, published: Published) -> None:
-        draw = torch.Generator().manual_seed(_SEED + published.version)
+    def _lie(self, published: Published, draw: torch.Generator) -> Published:
+        order_R = torch.randperm(len(published.hard_R), generator=draw)
+        suspects = int((published.code_I < 0).sum())
+        return _with_levels(self, published, published.hard_R[order_R], published.samples_R, suspects)
+
+
+class ShuffledEverything(_Placebo):
+    """Besides, clusters are the classes themselves, agreement is another class's, and as many suspects as were found
+    are drawn by lot."""
+
+    def _lie(self, published: Published, draw: torch.Generator) -> Published:
+        order_R = torch.randperm(len(published.hard_R), generator=draw)
         points = self.bank.points()
-        every_I = torch.arange(len(points.class_P))
-        sums_RD = add_rows_(self._zeros(points.x_PD), points.class_P, points.x_PD, every_I)
-        mean_RD = unit_or(sums_RD, torch.zeros_like(sums_RD))
         C, K = self.num_classes, self.num_clusters
         own_K = torch.cat([torch.arange(C), torch.full((K - C,), -1)])
         code_I = torch.zeros_like(published.code_I)
         code_I[points.sample_P] = (points.class_P + 1).int()
         suspects = int((published.code_I < 0).sum())
         code_I[torch.randperm(len(code_I), generator=draw)[:suspects]] *= -1
+        counted_P = (code_I[points.sample_P] > 0).nonzero()[:, 0]
+        sums_RD = torch.zeros(C, points.x_PD.shape[1])
+        add_rows_(sums_RD, points.class_P[counted_P], points.x_PD, counted_P)
+        mean_RD = unit_or(sums_RD, torch.zeros_like(sums_RD))
         lie = replace(
             published,
             c_SD=torch.cat([mean_RD, mean_RD.new_zeros(K - C, mean_RD.shape[1])]),
@@ -70,18 +99,21 @@ class ShuffledEverything(ClusterService):
             class_K=own_K,
             owner_K=own_K.clone(),
             weight_K=(own_K >= 0).float(),
-            f_R=torch.ones_like(published.f_R),
+            f_R=published.f_R[order_R],
         )
-        super()._adopt(_shuffled_margins(self, lie, draw))
+        samples_R = torch.bincount(points.class_P[counted_P], minlength=C)
+        return _with_levels(self, lie, published.hard_R[order_R], samples_R, suspects)
 
-    def _zeros(self, x_PD: Tensor) -> Tensor:
-        return torch.zeros(self.num_classes, x_PD.shape[1], device=x_PD.device)
+    def observe(self, batch: GatheredBatch) -> None:
+        super().observe(batch)
+        if self._honest is not None:  # its centres are others than the lie's
+            self._honest.move(batch, self.config.centre_momentum, self.clusters, self.classes.start)
 
 
 PLACEBOS: dict[str, type[ClusterService]] = {
     "": ClusterService,
-    "levels": ShuffledLevels,
-    "everything": ShuffledEverything,
+    "shuffled levels": ShuffledLevels,
+    "shuffled everything": ShuffledEverything,
 }
 
 

@@ -54,14 +54,20 @@ class Run:
 
 
 def read_results(file: Path) -> list[Result]:
-    """Earlier runs: the last line of each, of those of the newest pool of their kind; a last line that was cut off by a
-    crash is left out."""
+    """Earlier runs that still count: the last line of each, of those of the newest pool of their kind and with the
+    settings that the run has now. A last line that was cut off by a crash is left out."""
     if not file.is_file():
         return []
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
     pools = {line["kind"]: line["pool"] for line in lines}
-    last = {key_of(line): line for line in lines if line["pool"] == pools[line["kind"]]}
+    last = {key_of(line): line for line in lines if line["pool"] == pools[line["kind"]] and _is_current(line)}
     return list(last.values())
+
+
+def _is_current(result: Result) -> bool:
+    if result["arm"] not in ARMS or result["cell"] not in CELLS:
+        return False
+    return bool(settings_of(Run(*key_of(result))) == result["settings"])
 
 
 def key_of(result: Result) -> tuple[Any, ...]:
@@ -79,9 +85,9 @@ def _recipe(run: Run) -> Recipe:
 
 
 def missing(runs: Sequence[Run], results: Sequence[Result], pools: Mapping[str, str]) -> list[Run]:
-    """Runs of which there is no line with the same settings and the same pool. pools: kind to fingerprint."""
-    known = {key_of(result): (result["settings"], result["pool"]) for result in results}
-    return [run for run in runs if known.get(run.key) != (settings_of(run), pools[run.kind])]
+    """Runs that `results` lack, or have from another pool. pools: kind to fingerprint."""
+    known = {key_of(result): result["pool"] for result in results}
+    return [run for run in runs if known.get(run.key) != pools[run.kind]]
 
 
 def execute(runs: Sequence[Run], *, folder: Path, file: Path, jobs: int) -> None:

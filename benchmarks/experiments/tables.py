@@ -9,7 +9,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.experiments.arms import ARMS
-from benchmarks.experiments.plan import AGAINST, ARCFACE, PRIMARY_CELLS, SEEDS, WORSE_AT_MOST
+from benchmarks.experiments.plan import (
+    AGAINST,
+    ARCFACE,
+    PRIMARY_CELLS,
+    SEEDS,
+    WORSE_AT_MOST,
+    chosen_margins,
+    tuned_in,
+)
 from benchmarks.experiments.runs import Result
 from benchmarks.experiments.statistics import Comparison, compare, holm
 from benchmarks.report import markdown_table
@@ -30,10 +38,12 @@ By_arm = dict[str, dict[int, Result]]
 
 
 def group(results: Sequence[Result], tier: str) -> dict[tuple[str, str], By_arm]:
-    """(kind, cell) to arm to seed to its result; final seeds alone."""
+    """(kind, cell) to arm to seed to its result; final seeds at the chosen margin alone."""
     cells: dict[tuple[str, str], By_arm] = {}
+    margins = chosen_margins(results)
     for result in results:
-        if result["tier"] == tier and result["seed"] in SEEDS:
+        chosen = margins.get((result["kind"], tuned_in(result["cell"]), result["arm"]))
+        if result["tier"] == tier and result["seed"] in SEEDS and result["margin"] == chosen:
             arms = cells.setdefault((result["kind"], result["cell"]), {})
             arms.setdefault(result["arm"], {})[result["seed"]] = result
     return cells
@@ -91,13 +101,17 @@ def _suspects(results: Sequence[Result]) -> str:
 
 
 def answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
-    """A line for each primary question and kind that can be answered."""
+    """A line for each primary question and kind, once all runs that it needs are there."""
     noisy, clean = PRIMARY_CELLS
     lines = []
     for kind in sorted({kind for kind, _ in cells}):
         arms = cells.get((kind, noisy), {})
-        others = [other for other in (best_arcface(arms), *AGAINST) if other]
-        found = {other: comparison for other in others if (comparison := paired(arms, "full", other))}
+        found = {}
+        if _complete(arms, ("full", *ARCFACE, *AGAINST)):
+            others = [other for other in (best_arcface(arms), *AGAINST) if other]
+            found = {other: comparison for other in others if (comparison := paired(arms, "full", other))}
+        else:
+            lines.append(f"{kind}, {noisy}: not answered yet: runs are missing")
         adjusted = holm({other: comparison.p for other, comparison in found.items()})
         for other, comparison in found.items():
             won = comparison.mean > 0 and adjusted[other] < 0.05
@@ -107,12 +121,16 @@ def answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
             )
         arms = cells.get((kind, clean), {})
         best = best_arcface(arms)
-        if best and (harmless := paired(arms, "full", best)):
+        if best and _complete(arms, ("full", *ARCFACE)) and (harmless := paired(arms, "full", best)):
             said = "no" if harmless.mean >= -WORSE_AT_MOST else "yes"
             lines.append(
                 f"{kind}, {clean}: full worse than {best} by over {WORSE_AT_MOST}? {said}: {_difference(harmless)}"
             )
     return lines
+
+
+def _complete(arms: By_arm, names: Sequence[str]) -> bool:
+    return all(set(arms.get(name, ())) == set(SEEDS) for name in names)
 
 
 def write(results: Sequence[Result], tier: str, about: Mapping[str, str], out: Path) -> None:

@@ -17,6 +17,7 @@ from benchmarks.experiments.arms import ARMS
 from benchmarks.experiments.cells import CELLS, Cell, make_split, true_accept_rates
 from benchmarks.experiments.fitting import Recipe, fit
 from benchmarks.experiments.nets import SmallMLP
+from benchmarks.experiments.placebo import PLACEBOS
 from benchmarks.experiments.pools import Pool
 from benchmarks.experiments.runs import Run
 from benchmarks.experiments.statistics import compare, holm
@@ -131,6 +132,7 @@ def test_margins_are_chosen_on_validation_of_the_tuning_seeds_alone() -> None:
     ]
     lines.append(_line("full", 0.3, 0, validation=99.0))
     assert plan.chosen_margins(lines) == {("faces", "noise tail", "full"): 0.5}
+    assert plan.chosen_margins(lines[1:]) == {}, "not before all tries are there"
 
 
 def test_margins_come_from_the_cell_that_is_most_alike() -> None:
@@ -151,35 +153,45 @@ def test_a_run_is_done_once_and_again_when_its_settings_change(tmp_path: Path) -
     assert runs.missing([run], [], pools) == [run]
     assert runs.missing([run], [line], pools) == []
     assert runs.missing([run], [line], {"faces": "drawn elsewhere"}) == [run]
-    changed = json.loads(json.dumps(line))
-    changed["settings"]["epochs"] += 1
-    assert runs.missing([run], [changed], pools) == [run]
 
     file = tmp_path / "lines.jsonl"
     runs._append(file, line)
     file.write_text(file.read_text() + '{"tier": "fea')  # a crash in the middle of a line
     assert runs.read_results(file) == [line]
-    other = {**line, "seed": 1}
-    for later in (other, changed):
+    other, newer = {**line, "seed": 1}, {**line, "loss": [3.0, 2.0]}
+    changed = json.loads(json.dumps({**line, "seed": 3}))
+    changed["settings"]["epochs"] += 1
+    for later in (other, newer, changed, {**line, "seed": 4, "arm": "of old"}):
         runs._append(file, later)
-    assert runs.read_results(file) == [changed, other]
+    assert runs.read_results(file) == [newer, other], "with other settings it is another run"
     runs._append(file, {**line, "seed": 2, "pool": "q"})
     assert [result["seed"] for result in runs.read_results(file)] == [2], "one pool at a time"
 
 
 def test_answers_name_the_best_arcface_of_the_runs_and_correct_for_three_questions() -> None:
-    lines = []
+    chosen = {**{name: ARMS[name].margins[0] for name in plan.ARCFACE}, **dict.fromkeys(("full", *plan.AGAINST), 0.5)}
+    lines = [
+        _line(name, margin, seed, validation=float(margin == chosen[name]))
+        for name in chosen
+        for margin in ARMS[name].margins
+        for seed in plan.TUNING_SEEDS
+    ]
     for seed in plan.SEEDS:
         for place, name in enumerate(plan.ARCFACE):
-            lines.append(_line(name, 0.3, seed, test=20.0 + place + 0.1 * seed))
+            lines.append(_line(name, chosen[name], seed, test=20.0 + place + 0.1 * seed))
         lines.append(_line("full", 0.5, seed, test=24.0 + 0.1 * seed + 0.01 * seed))
+        lines.append(_line("full", 0.7, seed, test=99.0))  # another margin than the chosen one
         lines.append(_line("full, levels shuffled", 0.5, seed, test=24.0 + 0.1 * seed + (0.02 if seed % 2 else -0.02)))
-    first, second = tables.answers(tables.group(lines, "features"))
+        lines.append(_line("full, all shuffled", 0.5, seed, test=22.0 + 0.1 * seed))
+    first, second, third = tables.answers(tables.group(lines, "features"))
     assert first.startswith("faces, noise tail: full above arcface 0.7? yes: +2.04")
-    assert first.endswith("p 0.004")
+    assert first.endswith("p 0.006")
     assert "full, levels shuffled? " in second
+    assert "full, all shuffled? yes" in third
+    (missing,) = tables.answers(tables.group(lines[:-1], "features"))
+    assert "not answered yet" in missing
     rows = tables.rows(tables.group(lines, "features")["faces", "noise tail"])
-    assert [row[1] for row in rows] == [*plan.ARCFACE, "full", "full, levels shuffled"]
+    assert [row[1] for row in rows] == [*plan.ARCFACE, "full", *plan.AGAINST]
     assert rows[2][4] == "best"
     assert rows[3][0] == "10"
 
@@ -205,7 +217,7 @@ def test_a_training_is_deterministic_and_learns() -> None:
 
 
 def test_placebos_hide_what_they_say() -> None:
-    honest, levels, everything = (_fitted(placebo).service for placebo in ("", "levels", "everything"))
+    honest, levels, everything = (_fitted(placebo).service for placebo in PLACEBOS)
     width = torch.arange(40.0)
 
     def correlation(service: Any) -> float:
@@ -218,10 +230,17 @@ def test_placebos_hide_what_they_say() -> None:
     assert torch.equal(published.owner_K[:40], torch.arange(40))
     assert (published.owner_K[40:] == -1).all()
     assert torch.equal(published.code_I.abs().long() - 1, torch.arange(40).repeat_interleave(12))
-    suspects = float((published.code_I < 0).sum())
-    assert float(mean_margin(published.margin_R, published.samples_R.double(), suspects)) == pytest.approx(
-        0.4, abs=1e-9
-    )
+    counted_I = published.code_I > 0
+    assert published.samples_R.tolist() == counted_I.view(40, 12).sum(1).tolist(), "the lot does not count"
+    assert float(mean_margin(published.margin_R, published.samples_R.double(), 0)) == pytest.approx(0.4, abs=1e-9)
+    for lying in (levels, everything):
+        found = lying._honest
+        assert sorted(found.hard_R.tolist()) == pytest.approx(sorted(lying._published.hard_R.tolist()))
+        assert int((found.code_I < 0).sum()) == int((lying._published.code_I < 0).sum())
+        refresh = lying._new_refresh()
+        assert torch.equal(refresh.run.centres_SD, found.c_SD), "the next refresh goes on from the truth"
+    assert torch.equal(levels._published.code_I, levels._honest.code_I)
+    assert sorted(published.f_R.tolist()) == sorted(everything._honest.f_R.tolist())
 
 
 def test_missing_fonts_are_named_with_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
