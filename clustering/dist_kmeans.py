@@ -4,11 +4,12 @@ Points lie with the owner of their class, centres are sharded by cluster. What i
 `clustering.kmeans`, read there first. An iteration is cut like this:
 
 - assign: for each rank r its centres are broadcast once, and every rank compares its own points with them, `block`
-  points a slice, keeping the best so far. Ranks without points left do nothing, yet every rank counts the same slices;
+  points a slice, keeping the best so far; near ones are decided in float64 (`clustering.nearest`). Ranks without points
+  left do nothing, yet every rank counts the same slices;
 - seed: gate, counts and seeds, one slice;
 - mean: for each rank r partial sums, a range of points a slice, are reduced to r with the last.
 
-Sums are exact (`clustering.shards`), so centres do not depend on the number of ranks where assignments do not. Points
+Sums are exact (`clustering.shards`), so neither assignments nor centres depend on the number of ranks. Points
 that are not seen when a run begins take no part in it. Buffers that collectives need are made at the beginning; with a
 guard, a rank on which something failed goes on as one without points.
 
@@ -25,10 +26,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering import nearest_choice
 from clustering.bank import Points
 from clustering.guard import Guard, T
 from clustering.kmeans import FIT_LEVELS, WELL_FITTED, Gate, fit_level
+from clustering.nearest import Nearest, nearest_
+from clustering.nearest_choice import runs_kernel
 from clustering.shards import add_rows_, show_rows, sum_rows_, unit_or
 from partial_fc.collectives import all_reduce_
 from sharding import all_shards
@@ -182,12 +184,19 @@ class KMeansRun:
         operand_sD = shown_SD.to(x_bD.dtype if x_bD.is_cuda else self.dtype)
         if len(place_s) < len(shown_SD):
             operand_sD = operand_sD[place_s]
-        nothing_b = torch.full_like(index_b, -1)
-        find = nearest_choice.top_two(operand_sD)
-        cos_b, column_b, _ = find(x_bD.to(operand_sD.dtype), operand_sD, nothing_b)
-        better_b = (cos_b > best_b) & self.taking_part_P[part]  # not >=: ties stay with the smaller index
-        index_b.copy_(torch.where(better_b, place_s[column_b] + self.shards[rank].start, index_b))
-        best_b.copy_(torch.where(better_b, cos_b, best_b))
+        chosen_b = self.taking_part_P[part].nonzero()[:, 0]
+        state = Nearest.unknown(len(chosen_b), x_bD.device)
+        state.best_b.copy_(best_b[chosen_b])
+        state.index_b.copy_(index_b[chosen_b])
+        nearest_(
+            state,
+            x_bD[chosen_b].to(self.dtype),
+            shown_SD[place_s] if len(place_s) < len(shown_SD) else shown_SD,
+            operand_sD,
+            place_s + self.shards[rank].start,
+            kernels=runs_kernel("auto", operand_sD),
+        )
+        best_b[chosen_b], index_b[chosen_b] = state.best_b, state.index_b
 
     def _seed(self) -> None:
         self._shown = None

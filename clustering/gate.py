@@ -1,6 +1,7 @@
 """The noise gate: samples that look mislabelled. Ours, see docs/method.md.
 
-Legend: P samples of this rank's classes, R its classes (its rows), K clusters, D embedding size, Q suspects.
+Legend: P samples of this rank's classes, R its classes (its rows), K clusters, D embedding size, Q samples at home, q
+some suspects; of a table, Q its entries.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from torch import Tensor
 from clustering.hardness import CountTable
 from clustering.shards import add_rows_
 
+AT_HOME = 32
+"""Samples of a class that say where its place is: so many that one more hardly moves it, and so few that classes of
+thousands do not make a step of training long."""
 _AT_ONCE = 4096
 
 
@@ -48,15 +52,20 @@ def clearly_elsewhere(
 ) -> Tensor:
     """Those of the suspects whose cosine to their cluster's centre exceeds the one to their class's home by over `gap`.
 
-    The home of a class is the mean direction of its samples in its modal cluster: they lie with it on this rank. A
-    sample between two look-alikes is about as near to both, a mislabelled one is not. x_PD: unit rows. best_P: float64,
-    cosine of each point to its cluster's centre. sums_RD: int64 zeros to work in. bool (P,). No collective.
+    The home of a class is the mean direction of its samples in its modal cluster, the first AT_HOME of them: they lie
+    with it on this rank. A sample between two look-alikes is about as near to both, a mislabelled one is not.
+
+    Points ascend by class. x_PD: unit rows. best_P: float64, exact cosine of each point to its cluster's centre.
+    sums_RD: int64 zeros to work in. bool (P,). No collective.
     """
     row_P = class_P - table.shard.start
     modal_R = table.best_cluster(torch.ones_like(table.row_Q, dtype=torch.bool))
     wanted_R = torch.zeros_like(modal_R, dtype=torch.bool)
     wanted_R[row_P[suspect_P]] = True
     home_Q = (wanted_R[row_P] & (cluster_P >= 0) & (cluster_P == modal_R[row_P])).nonzero()[:, 0]
+    row_Q = row_P[home_Q]  # rising, as the points are
+    place_Q = torch.arange(len(row_Q), device=row_Q.device) - torch.searchsorted(row_Q, row_Q)
+    home_Q = home_Q[place_Q < AT_HOME]
     add_rows_(sums_RD, row_P[home_Q], x_PD, home_Q)
     clear_P = suspect_P.clone()
     for point_q in suspect_P.nonzero()[:, 0].split(_AT_ONCE):

@@ -74,8 +74,8 @@ class Lloyd:
         attract nothing until they start anew as empty clusters do; copied.
 
         bounds, projection: leave comparisons out. impl: "triton" or "auto" for the kernel on GPUs. product_dtype:
-        bfloat16 products find the candidates; which is nearest is decided as with float32. block: points at a time,
-        4096 on CPUs and 65536 on GPUs if None.
+        bfloat16 products find the candidates; which is nearest is decided as with float32. block: points at a time
+        at most, 4096 on CPUs, where every thread takes some, and 65536 on GPUs if None.
 
         Raises ValueError for centres or sizes that do not fit, on all ranks. Collectives: two all-reduces.
         """

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -178,16 +179,16 @@ class Assigner:
         """A broadcast for each rank."""
         for shard, shown_SD in self._shown(centres_SD):
             exists_S = (shown_SD != 0).any(1)
-            pieces: list[tuple[Tensor, _Comparison]] = []
             for task in tasks:
                 taken_S = exists_S & lively_K[shard.start : shard.stop] if task.lively else exists_S
                 place_s = taken_S.nonzero()[:, 0]
                 if not len(place_s) or not len(task.point_Q):
                     continue
                 centres_sD = shown_SD if len(place_s) == shard.size else shown_SD[place_s]
-                comparison = self._comparison(centres_sD, place_s + shard.start, task.projection)
-                pieces += [(part_b, comparison) for part_b in self._pieces(task.point_Q)]
-            self._work += sum(each(lambda piece: self._run(state, *piece), pieces, self._device))
+                compare = partial(
+                    self._run, state, self._comparison(centres_sD, place_s + shard.start, task.projection)
+                )
+                self._work += sum(each(compare, self._pieces(task.point_Q), self._device))
 
     def _comparison(self, centres_sD: Tensor, cluster_s: Tensor, projection: Projection | None) -> _Comparison:
         head_sd = None
@@ -202,7 +203,7 @@ class Assigner:
             head_sd=head_sd,
         )
 
-    def _run(self, state: Nearest, part_b: Tensor, comparison: _Comparison) -> float:
+    def _run(self, state: Nearest, comparison: _Comparison, part_b: Tensor) -> float:
         """Compare a piece's points; the cosines computed, in full ones."""
         c, used, x_bD = comparison, comparison.projection, self._rows.pick(part_b)
         part = Nearest(best_b=state.best_b[part_b], index_b=state.index_b[part_b], second_b=state.second_b[part_b])

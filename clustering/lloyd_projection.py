@@ -58,13 +58,14 @@ class Projections:
         """Project all points once, where there is memory for it; `of_points` reads it then."""
         if len(self._rows) * dims * 4 > _KEPT_BYTES or (self._kept_Pd is not None and self._kept_Pd.shape[1] >= dims):
             return
-        kept_Pd = self._kept_Pd = torch.empty(len(self._rows), dims)
+        kept_Pd = torch.empty(len(self._rows), dims)
 
         def project(start: int) -> None:
             block_bD = self._rows.block(start, min(start + _BLOCK, len(self._rows)))
             torch.mm(block_bD, self._basis_DE[:, :dims], out=kept_Pd[start : start + len(block_bD)])
 
         each(project, range(0, len(self._rows), _BLOCK), device)
+        self._kept_Pd = kept_Pd
 
     def of_points(self, point_b: Tensor, x_bD: Tensor, dims: int) -> Tensor:
         """(b, d). point_b: int64 places of the rows x_bD."""

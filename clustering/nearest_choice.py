@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from clustering import nearest
 from configs.head import Impl
 from partial_fc.choice import KernelFallbackWarning
 from partial_fc.kernel_terms import interpreted
@@ -32,15 +30,6 @@ def runs_kernel(impl: Impl, centres_SD: Tensor) -> bool:
     if reason:
         _say_once(reason)
     return not reason
-
-
-def top_two(operand_SD: Tensor) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """`nearest.top_two`, by the kernel where that runs under "auto"."""
-    if not runs_kernel("auto", operand_SD):
-        return nearest.top_two
-    from clustering import kernel_nearest  # noqa: PLC0415  needs Triton
-
-    return kernel_nearest.top_two
 
 
 def why_not(centres_SD: Tensor) -> str:

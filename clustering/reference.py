@@ -35,15 +35,23 @@ def dense_suspects(labels_N: Tensor, clusters_N: Tensor, C: int, K: int) -> Tens
 
 
 def dense_clear_suspects(
-    suspect_N: Tensor, x_ND: Tensor, labels_N: Tensor, clusters_N: Tensor, best_N: Tensor, C: int, K: int, gap: float
+    suspect_N: Tensor,
+    x_ND: Tensor,
+    labels_N: Tensor,
+    clusters_N: Tensor,
+    best_N: Tensor,
+    C: int,
+    K: int,
+    gap: float,
+    at_home: int,
 ) -> Tensor:
     """Suspects whose cosine to their cluster, best_N, is above the one to their class's home by more than gap: the unit
-    mean of its samples in its modal cluster. bool (N,)."""
+    mean of its first samples, at_home at most, in its modal cluster. bool (N,)."""
     t_CK = dense_counts(labels_N, clusters_N, C, K)
     clear_N = suspect_N.clone()
     for i in suspect_N.nonzero()[:, 0].tolist():
         y = int(labels_N[i])
-        home_D = x_ND[(labels_N == y) & (clusters_N == int(t_CK[y].argmax()))].double().sum(0)
+        home_D = x_ND[(labels_N == y) & (clusters_N == int(t_CK[y].argmax()))][:at_home].double().sum(0)
         clear_N[i] = best_N[i] - x_ND[i].double() @ F.normalize(home_D, dim=0) > gap
     return clear_N
 

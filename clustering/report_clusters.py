@@ -32,7 +32,7 @@ class Clusters:
 
     index_P: Ints
     suspect_P: Bools
-    """What the noise gate of docs/method.md holds for mislabelled."""
+    """What the noise gate of docs/method.md without `noise_gap` holds for mislabelled."""
     hard_C: Doubles
     """Hard level; 0: compact and by itself, 1: scattered or mixed with others."""
     agreement_C: Doubles

@@ -2,7 +2,8 @@
 
     observe(batch)    after each micro-batch: bank and centres take its embeddings in
     advance(step)     after each optimizer step: a few slices of the refresh under way; publishes at its end
-    for_head, row_margins, hard_classes, contrastive, alignment, ramp     read by the losses of a step
+    for_head, row_margins, hard_classes, contrastive, alignment, ramp     read by the losses of a step; row_labels and
+                      row_weights are what for_head has in it
 
 Legend: N rows of the global batch, D embedding size, R classes of this rank, K clusters, M = N x k hard classes.
 """

@@ -33,6 +33,11 @@ SETTINGS: dict[str, Any] = {
 }
 """Refreshes begin after 4, 8 and 12 steps and are published 2 steps later; the ramp grows from step 6 to 10."""
 
+AS_SHIPPED: dict[str, Any] = {
+    name: getattr(ClusteringConfig(), name) for name in ("bank_momentum", "noise_gap", "drop_suspects")
+}
+"""Of the settings above those that hide what a test looks at; here as users have them."""
+
 
 def build(group: dist.ProcessGroup, case: Case, **wanted: Any) -> ClusterService:
     """wanted: `bank_dtype`, `margin`, `stopwatch`, or settings of the clusters."""

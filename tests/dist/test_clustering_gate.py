@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.gate import clearly_elsewhere, suspects_of
+from clustering.gate import AT_HOME, clearly_elsewhere, suspects_of
 from clustering.hardness import CountTable
 from clustering.kmeans import assign, class_mean_centres, spherical_kmeans
 from clustering.reference import dense_clear_suspects, dense_suspects
@@ -61,7 +61,7 @@ def test_equals_dense(ranks: RankPool, name: str, world_size: int) -> None:
     suspect_N = dense_suspects(labels_N, index_N, C, K)
     left = []
     for gap in GAPS:
-        expected_N = dense_clear_suspects(suspect_N, x_ND, labels_N, index_N, best_N, C, K, gap)
+        expected_N = dense_clear_suspects(suspect_N, x_ND, labels_N, index_N, best_N, C, K, gap, AT_HOME)
         for found_N in ranks.run(world_size, _clear, name, gap):
             assert torch.equal(found_N, expected_N)
         left.append(int(expected_N.sum()))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from tests.dist.clustering_cases import CASES, Case
-from tests.dist.service_cases import EPOCH, NOISY, STEPS, build, snapshot, train
+from tests.dist.service_cases import AS_SHIPPED, EPOCH, NOISY, STEPS, build, snapshot, train
 from tests.ranks import WORLD_SIZES, RankPool
 
 DRIFTING: Case = {**NOISY, "drift": 0.05}
@@ -39,6 +39,7 @@ def _whole(parts: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 BITS: dict[str, tuple[Case, dict[str, Any]]] = {
     "noisy": (DRIFTING, {}),
     "noisy, bf16": (DRIFTING, {"bank_dtype": torch.bfloat16}),
+    "noisy, as shipped": (DRIFTING, {"bank_dtype": torch.bfloat16, **AS_SHIPPED, "level_weight": 0.4}),
     "noisy, float32, neighbours": (DRIFTING, {"bank_dtype": torch.float32, "hard_negatives": 3}),
     "long tail, ungated": ({**CASES["long tail"], "drift": 0.1}, {"noise_gate": False, "direction": -1}),
     "classes without samples": ({**CASES["classes without samples"], "drift": 0.1}, {"margin_rule": "kappaface"}),

@@ -15,7 +15,7 @@ from clustering.guard import agree
 from clustering.service import ClusterService
 from partial_fc.collectives import GatheredBatch
 from tests.dist.clustering_cases import CASES, CPU, Case
-from tests.dist.service_cases import NOISY, STEPS, build, snapshot, train, trained, weights
+from tests.dist.service_cases import AS_SHIPPED, NOISY, STEPS, build, snapshot, train, trained, weights
 from tests.ranks import WORLD_SIZES, RankPool
 
 DRIFTING: Case = {**NOISY, "drift": 0.05}
@@ -60,9 +60,9 @@ def _scalars(service: ClusterService, case: Case, start: int) -> list[list[float
     return found
 
 
-def _resumed(group: dist.ProcessGroup, stops: list[int]) -> dict[int, list[str]]:
+def _resumed(group: dist.ProcessGroup, stops: list[int], settings: dict[str, Any]) -> dict[int, list[str]]:
     """What differs at the end when the training is interrupted after `stop` steps; and whether that was amid a run."""
-    wanted = {"bank_dtype": torch.bfloat16}
+    wanted = {"bank_dtype": torch.bfloat16, **settings}
     whole = build(group, DRIFTING, **wanted)
     scalars = _scalars(whole, DRIFTING, 0)
     differs: dict[int, list[str]] = {}
@@ -80,11 +80,14 @@ def _resumed(group: dist.ProcessGroup, stops: list[int]) -> dict[int, list[str]]
     return differs
 
 
+@pytest.mark.parametrize("settings", [{}, {**AS_SHIPPED, "level_weight": 0.4}], ids=["", "as shipped"])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_going_on_from_a_saved_state_is_bit_for_bit_the_same(ranks: RankPool, world_size: int) -> None:
+def test_going_on_from_a_saved_state_is_bit_for_bit_the_same(
+    ranks: RankPool, world_size: int, settings: dict[str, Any]
+) -> None:
     """Before the first refresh, within the first and second one, between two, and with the first publication."""
     stops = [2, 4, 5, 6, 7, 9] if world_size == 2 else [5, 9]
-    for differs in ranks.run(world_size, _resumed, stops):
+    for differs in ranks.run(world_size, _resumed, stops, settings):
         assert differs == {stop: [] for stop in stops}
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from clustering.contrastive import contrastive_loss
 from clustering.margins import class_weights
 from clustering.weighting import weighted_gradient
 from configs.schema import ClusteringConfig, ConfigError
@@ -86,14 +87,49 @@ def test_weights_come_with_the_ramp_and_are_the_same_on_every_rank(ranks: RankPo
     assert spread > 0.1
 
 
+def _stored(group: dist.ProcessGroup, momentum: float) -> Tensor:
+    service = build(group, {**NOISY, "drift": 0.1}, bank_momentum=momentum)
+    train(service, {**NOISY, "drift": 0.1})
+    return service.bank.points().x_PD.clone()
+
+
+def test_the_service_hands_its_bank_the_momentum(ranks: RankPool) -> None:
+    ((newest,), (averaged,)) = (ranks.run(1, _stored, momentum) for momentum in (0.0, 0.5))
+    assert (newest - averaged).abs().max() > 0.01
+    assert torch.allclose(averaged.norm(dim=1), torch.ones(()).double())
+
+
 def test_without_the_setting_nothing_is_weighted(ranks: RankPool) -> None:
     (seen,) = ranks.run(1, _weights_of_each_step, 0.0)
     assert any(step["ramp"] > 0 for step in seen)
     assert all(step["row"] is None for step in seen)
 
 
-def _gradients(group: dist.ProcessGroup, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the sum of this rank's rows through `for_head`; the weights; and the contrastive loss' gradient."""
+def _contrastive(group: dist.ProcessGroup, kappa: float) -> tuple[float, float, float]:
+    """The service's, by its weights, and by none, after some training."""
+    service = build(group, NOISY, level_weight=kappa)
+    train(service, NOISY, stop=14)
+    _, batch = batch_at(group, NOISY, 14)
+    assert service._published is not None
+    assert service._candidates is not None
+    suspect_N = service._published.cluster_of(batch)[1]
+    plain, weighted = (
+        float(contrastive_loss(batch, service._candidates, suspect_N, temperature=0.1, weight_N=weight_N))
+        for weight_N in (None, service.row_weights(batch))
+    )
+    return float(service.contrastive(batch)), weighted, plain
+
+
+def test_the_contrastive_loss_takes_the_weights(ranks: RankPool) -> None:
+    ((found, weighted, plain),) = ranks.run(1, _contrastive, 0.4)
+    assert found == weighted
+    assert abs(found - plain) > 1e-4 * plain
+    ((found, weighted, plain),) = ranks.run(1, _contrastive, 0.0)
+    assert found == weighted == plain
+
+
+def _gradients(group: dist.ProcessGroup, step: int) -> tuple[Tensor, Tensor]:
+    """Of the sum of this rank's rows through `for_head`, and the weights."""
     service = build(group, NOISY, level_weight=0.4)
     train(service, NOISY, stop=step)
     x_BD, batch = batch_at(group, NOISY, step)
@@ -101,7 +137,7 @@ def _gradients(group: dist.ProcessGroup, step: int) -> tuple[Tensor, Tensor, Ten
     weight_N = service.row_weights(batch)
     assert weight_N is not None
     assert x_BD.grad is not None
-    return x_BD.grad[:, 0], weight_N, batch.labels_N
+    return x_BD.grad[:, 0], weight_N
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

@@ -66,14 +66,20 @@ def _batches(rank: int, world_size: int, accumulation: int, step: int) -> list[B
 
 
 def _train(
-    group: dist.ProcessGroup, accumulation: int, clusters: bool, steps: int, *, left_out: int = -1
+    group: dist.ProcessGroup, accumulation: int, clusters: bool, steps: int, left_out: int = -1, kappa: float = 0.0
 ) -> dict[str, Any]:
-    """left_out: a class whose rows the service takes out of the margin softmax."""
+    """left_out: a class whose rows the service takes out of the margin softmax. kappa: `level_weight`."""
     ranks = ranks_of(group)
     config = RunConfig(
         head=HeadConfig(scale=16.0, margin=0.3),
         clustering=ClusteringConfig(
-            enabled=clusters, margin_low=0.1, margin_high=0.5, warmup_fraction=0.0, ramp_fraction=0.0, refresh_span=0.3
+            enabled=clusters,
+            margin_low=0.1,
+            margin_high=0.5,
+            warmup_fraction=0.0,
+            ramp_fraction=0.0,
+            refresh_span=0.3,
+            level_weight=kappa,
         ),
         optim=OptimConfig(lr=0.05, reference_batch=0),
         train=TrainConfig(precision="fp32"),
@@ -134,9 +140,18 @@ def test_any_number_of_ranks_trains_the_same_weights(ranks: RankPool, clusters: 
                 assert torch.equal(part["weights"][name], parts[0]["weights"][name]), "all ranks hold the same bits"
 
 
+def test_samples_of_hard_classes_move_the_backbone_less(ranks: RankPool) -> None:
+    """The contrastive loss of the last step, which they take in as well, is another; on any number of ranks the same."""
+    (plain,) = ranks.run(1, _train, 1, True, STEPS)
+    (weighted,) = ranks.run(1, _train, 1, True, STEPS, -1, 0.9)
+    assert not torch.allclose(plain["weights"]["linear.weight"], weighted["weights"]["linear.weight"], atol=1e-4)
+    for part in ranks.run(2, _train, 1, True, STEPS, -1, 0.9):
+        assert np.allclose(part["losses"], weighted["losses"], rtol=1e-4)
+
+
 def _without_a_class(group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Movement of the centres in one step, whose labels say that class 3 is no example; and where they began."""
-    moved = _train(group, 1, True, 1, left_out=3)["centres"]
+    moved = _train(group, 1, True, 1, 3)["centres"]
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     own = all_shards(world_size, CLASSES)[rank]
     return moved, initial_centres(own.start, own.stop, 6, 1)

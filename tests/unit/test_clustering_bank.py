@@ -163,8 +163,9 @@ def test_a_snapshot_stays_as_it_is() -> None:
     assert int(snapshot.seen_P.sum()) == 2
 
 
-def test_an_update_does_not_wait_for_the_device() -> None:
-    bank, batch = _bank(), _batch([5, 1])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_an_update_does_not_wait_for_the_device(momentum: float) -> None:
+    bank, batch = _bank(momentum=momentum), _batch([5, 1])
     with Syncs() as syncs:
         bank.update(batch)
     assert syncs.found == []
