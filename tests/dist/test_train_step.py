@@ -141,7 +141,7 @@ def test_any_number_of_ranks_trains_the_same_weights(ranks: RankPool, clusters: 
 
 
 def test_samples_of_hard_classes_move_the_backbone_less(ranks: RankPool) -> None:
-    """The contrastive loss of the last step, which they take in as well, is another; on any number of ranks the same."""
+    """So the contrastive loss, which they take in, ends elsewhere; on any number of ranks at the same place."""
     (plain,) = ranks.run(1, _train, 1, True, STEPS)
     (weighted,) = ranks.run(1, _train, 1, True, STEPS, -1, 0.9)
     assert not torch.allclose(plain["weights"]["linear.weight"], weighted["weights"]["linear.weight"], atol=1e-4)
