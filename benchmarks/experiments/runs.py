@@ -54,13 +54,14 @@ class Run:
 
 
 def read_results(file: Path) -> list[Result]:
-    """Earlier runs that still count: the last line of each, of those of the newest pool of their kind and with the
-    settings that the run has now. A last line that was cut off by a crash is left out."""
+    """Earlier runs that still count: the last line of each, with the settings that the run has now, and of a cell those
+    of its newest pool, as only they can be compared. A last line that was cut off by a crash is left out."""
     if not file.is_file():
         return []
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-    pools = {line["kind"]: line["pool"] for line in lines}
-    last = {key_of(line): line for line in lines if line["pool"] == pools[line["kind"]] and _is_current(line)}
+    lines = [line for line in lines if _is_current(line)]
+    pools = {key_of(line)[:3]: line["pool"] for line in lines}
+    last = {key_of(line): line for line in lines if line["pool"] == pools[key_of(line)[:3]]}
     return list(last.values())
 
 

@@ -166,6 +166,10 @@ def test_a_run_is_done_once_and_again_when_its_settings_change(tmp_path: Path) -
     assert runs.read_results(file) == [newer, other], "with other settings it is another run"
     runs._append(file, {**line, "seed": 2, "pool": "q"})
     assert [result["seed"] for result in runs.read_results(file)] == [2], "one pool at a time"
+    elsewhere = _line("pull", 0.5, 0)
+    runs._append(file, elsewhere)
+    assert elsewhere in runs.read_results(file), "another cell may have another pool"
+    assert len(runs.read_results(file)) == 2
 
 
 def test_answers_name_the_best_arcface_of_the_runs_and_correct_for_three_questions() -> None:
