@@ -14,7 +14,7 @@ from torch import Tensor
 from clustering import nearest_projection
 from clustering.nearest import Nearest, _folded, columns_of, row_dots
 from clustering.nearest_choice import _say_once, runs_kernel, why_not
-from clustering.nearest_projection import Projection, Sample, choose, find_, random_basis, subspaces
+from clustering.nearest_projection import Projection, Sample, choose, find_, quieten, random_basis, subspaces
 from partial_fc.choice import KernelFallbackWarning
 from tests import nearest_cases
 from tests.nearest_cases import BF16, CASES, FP32, Case, unit
@@ -154,6 +154,7 @@ def test_projection_finds_every_centre_above_its_cosine() -> None:
     cluster_K = torch.arange(300) * 2
     cluster_K[7] = 7
     cluster_K = cluster_K.sort().values
+    quieten()
     pairs = find_(state, x_ND, heads[0], centres_KD, heads[1], cluster_K, projection)
     true_NK = x_ND.double() @ centres_KD.double().T
     best_N, column_N = true_NK.max(1)
