@@ -180,10 +180,9 @@ class KMeansRun:
         place_s = (shown_SD != 0).any(1).nonzero()[:, 0]
         if not len(x_bD) or not len(place_s):
             return
+        centres_sD = shown_SD[place_s] if len(place_s) < len(shown_SD) else shown_SD
         # Only GPUs multiply bf16 operands into a float32 result fast.
-        operand_sD = shown_SD.to(x_bD.dtype if x_bD.is_cuda else self.dtype)
-        if len(place_s) < len(shown_SD):
-            operand_sD = operand_sD[place_s]
+        operand_sD = centres_sD.to(x_bD.dtype if x_bD.is_cuda else self.dtype)
         chosen_b = self.taking_part_P[part].nonzero()[:, 0]
         state = Nearest.unknown(len(chosen_b), x_bD.device)
         state.best_b.copy_(best_b[chosen_b])
@@ -191,7 +190,7 @@ class KMeansRun:
         nearest_(
             state,
             x_bD[chosen_b].to(self.dtype),
-            shown_SD[place_s] if len(place_s) < len(shown_SD) else shown_SD,
+            centres_sD,
             operand_sD,
             place_s + self.shards[rank].start,
             kernels=runs_kernel("auto", operand_sD),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.hardness import CountTable
+from clustering.nearest import row_dots
 from clustering.shards import add_rows_
 
 AT_HOME = 32
@@ -69,8 +70,8 @@ def clearly_elsewhere(
     add_rows_(sums_RD, row_P[home_Q], x_PD, home_Q)
     clear_P = suspect_P.clone()
     for point_q in suspect_P.nonzero()[:, 0].split(_AT_ONCE):
-        home_qD = sums_RD[row_P[point_q]].double()
-        dot_q = (x_PD[point_q].double() * home_qD).sum(1)
-        cosine_q = dot_q / home_qD.norm(dim=1).clamp_min(1)  # in fixed point: below 1 is nothing
+        row_q = row_P[point_q]
+        length_q = row_dots(sums_RD, row_q, sums_RD, row_q).sqrt().clamp_min(1)  # in fixed point: below 1 is nothing
+        cosine_q = row_dots(x_PD, point_q, sums_RD, row_q) / length_q
         clear_P[point_q] = best_P[point_q] - cosine_q > gap
     return clear_P

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.lloyd import Lloyd
+from clustering.lloyd import Iteration, Lloyd
 from clustering.lloyd_reference import plain_iteration
 from clustering.rows import TensorRows
 from clustering.threads import each
@@ -97,16 +97,18 @@ def _run(group: dist.ProcessGroup, case: Case, options: dict[str, Any]) -> list[
     lloyd, told = _lloyd(group, case, **options), []
     for number in range(case.iterations + 1):
         done = lloyd.iterate() if number < case.iterations else lloyd.assign()
-        told.append(
-            {
-                "centres": lloyd.centres_SD.clone(),
-                "index": lloyd.index_P,
-                "best": lloyd.best_P,
-                "told": (done.number, done.mean_cosine, done.moved, done.empty),
-                "compared": done.compared,
-            }
-        )
+        told.append(_held(lloyd, done))
     return told
+
+
+def _held(lloyd: Lloyd, done: Iteration) -> dict[str, Any]:
+    return {
+        "centres": lloyd.centres_SD.clone(),
+        "index": lloyd.index_P,
+        "best": lloyd.best_P,
+        "told": (done.number, done.mean_cosine, done.moved, done.empty),
+        "compared": done.compared,
+    }
 
 
 def _joined(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -175,17 +177,8 @@ def _run_on_threads(group: dist.ProcessGroup, case: Case, threads: int) -> tuple
     x_ND, start_KD = data(case)
     torch.set_num_threads(threads)
     try:
-        lloyd, told = Lloyd(Watched(x_ND), centres_SD=start_KD, num_clusters=case.clusters, group=group, block=64), []
-        for _ in range(case.iterations):
-            done = lloyd.iterate()
-            told.append(
-                {
-                    "centres": lloyd.centres_SD.clone(),
-                    "index": lloyd.index_P,
-                    "best": lloyd.best_P,
-                    "told": (done.number, done.mean_cosine, done.moved, done.empty),
-                }
-            )
+        lloyd = Lloyd(Watched(x_ND), centres_SD=start_KD, num_clusters=case.clusters, group=group, block=64)
+        told = [_held(lloyd, lloyd.iterate()) for _ in range(case.iterations)]
         return told, names, torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
