@@ -21,7 +21,7 @@ from benchmarks.experiments.arms import ARMS
 from benchmarks.experiments.cells import CELLS
 from benchmarks.experiments.glyphs import MissingFontsError
 from benchmarks.experiments.pools import KINDS
-from benchmarks.experiments.runs import Result, execute, read_results
+from benchmarks.experiments.runs import LinesError, Result, execute, read_results
 from benchmarks.report import facts
 
 _MODULE = "benchmarks.experiments"
@@ -31,10 +31,13 @@ _RESULTS = Path(__file__).parents[1] / "results"
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when done, 2 when something is missing (one line says what), 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {args.jobs}")
     torch.set_num_threads(1)
-    results = read_results(args.lines)
     try:
+        results = read_results(args.lines)
         if args.command == "tune":
             execute(
                 plan.tuning_runs(args.kinds, args.cells, args.only), folder=args.folder, file=args.lines, jobs=args.jobs
@@ -48,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyError as missing:
         print(f"error: no margin is chosen for {missing}: run `python -m {_MODULE} tune` first", file=sys.stderr)
         return 2
-    except MissingFontsError as error:
+    except (MissingFontsError, LinesError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

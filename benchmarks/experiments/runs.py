@@ -53,16 +53,35 @@ class Run:
         return (self.tier, self.kind, self.cell, self.arm, self.margin, self.seed)
 
 
+class LinesError(ValueError):
+    """A file of lines holds something else."""
+
+
 def read_results(file: Path) -> list[Result]:
     """Earlier runs that still count: the last line of each, with the settings that the run has now, and of a cell those
-    of its newest pool, as only they can be compared. A last line that was cut off by a crash is left out."""
+    of its newest pool, as only they can be compared. A last line that was cut off by a crash is left out.
+
+    Raises LinesError that names the first line that is none of a run.
+    """
     if not file.is_file():
         return []
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+    texts = file.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = [_parsed(text, f"{file}, line {number}") for number, text in enumerate(texts, 1)]
     lines = [line for line in lines if _is_current(line)]
     pools = {key_of(line)[:3]: line["pool"] for line in lines}
     last = {key_of(line): line for line in lines if line["pool"] == pools[key_of(line)[:3]]}
     return list(last.values())
+
+
+def _parsed(text: str, where: str) -> Result:
+    try:
+        result = json.loads(text)
+    except ValueError:
+        result = None
+    names = {*Run.__dataclass_fields__, "validation", "test", "loss", "pool", "settings"}
+    if not isinstance(result, dict) or not names <= result.keys():
+        raise LinesError(f"{where}: expected the JSON of a run, got {text[:60]!r}: take it out, or name another file")
+    return result
 
 
 def _is_current(result: Result) -> bool:

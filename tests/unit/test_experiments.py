@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.experiments import glyphs, plan, runs, tables
+from benchmarks.experiments.__main__ import main as experiments
 from benchmarks.experiments.arms import ARMS
 from benchmarks.experiments.cells import CELLS, Cell, make_split, true_accept_rates
 from benchmarks.experiments.fitting import Recipe, fit
@@ -245,6 +246,27 @@ def test_placebos_hide_what_they_say() -> None:
         assert torch.equal(refresh.run.centres_SD, found.c_SD), "the next refresh goes on from the truth"
     assert torch.equal(levels._published.code_I, levels._honest.code_I)
     assert sorted(published.f_R.tolist()) == sorted(everything._honest.f_R.tolist())
+
+
+@pytest.mark.parametrize("text", ["nonsense", '{"arm": "full"}', "[1]", '{"tier": "fea'])
+def test_a_file_of_something_else_is_one_line_and_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    file = tmp_path / "lines.jsonl"
+    file.write_text(f"{json.dumps(_line('full', 0.5, 0))}\n{text}\n")
+    before = file.read_bytes()
+    for command in ("tune", "run", "report"):
+        assert experiments([command, "--lines", str(file), "--out", str(tmp_path / "out.md")]) == 2
+        said = capsys.readouterr().err
+        assert "lines.jsonl, line 2: expected the JSON of a run" in said
+        assert said.count("\n") == 1
+    assert file.read_bytes() == before
+
+
+def test_no_jobs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        experiments(["run", "--jobs", "0"])
+    assert "--jobs: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_missing_fonts_are_named_with_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
