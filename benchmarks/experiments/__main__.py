@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.experiments import plan, tables
-from benchmarks.experiments.arms import ARMS
 from benchmarks.experiments.cells import CELLS
 from benchmarks.experiments.glyphs import MissingFontsError
 from benchmarks.experiments.pools import KINDS
 from benchmarks.experiments.runs import LinesError, Result, execute, read_results
+from benchmarks.experiments.tiers import TIERS
 from benchmarks.report import facts
 
 _MODULE = "benchmarks.experiments"
@@ -35,16 +35,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {args.jobs}")
+    arms = list(TIERS[args.tier].arms)
+    if unknown := [name for name in args.only or () if name not in arms]:
+        parser.error(f"--only: expected arms of the tier of {args.tier}, {', '.join(arms)}; got {', '.join(unknown)}")
+    args.only = args.only or arms
     torch.set_num_threads(1)
     try:
         results = read_results(args.lines)
         if args.command == "tune":
             execute(
-                plan.tuning_runs(args.kinds, args.cells, args.only), folder=args.folder, file=args.lines, jobs=args.jobs
+                plan.tuning_runs(args.tier, args.kinds, args.cells, args.only),
+                folder=args.folder,
+                file=args.lines,
+                jobs=args.jobs,
             )
-            _say_margins(read_results(args.lines))
+            _say_margins(read_results(args.lines), args.tier)
         elif args.command == "run":
-            runs = plan.final_runs(args.tier, args.kinds, args.cells, args.only, plan.chosen_margins(results))
+            runs = plan.final_runs(
+                args.tier, args.kinds, args.cells, args.only, plan.chosen_margins(results, args.tier)
+            )
             execute(runs, folder=args.folder, file=args.lines, jobs=args.jobs)
         else:
             _report(results, args, arguments)
@@ -60,18 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _say_margins(results: Sequence[Result]) -> None:
-    for (kind, cell, arm), margin in plan.chosen_margins(results).items():
+def _say_margins(results: Sequence[Result], tier: str) -> None:
+    for (kind, cell, arm), margin in plan.chosen_margins(results, tier).items():
         print(f"{kind}, {cell}: {arm} takes margin {margin:g}")
 
 
 def _report(results: Sequence[Result], args: argparse.Namespace, arguments: Sequence[str]) -> None:
     about = facts(torch.device("cpu"), _MODULE, arguments)
-    pools = sorted({f"{result['kind']} {result['pool']}" for result in results})
+    pools = sorted({f"{result['kind']} {result['pool']}" for result in results if result["tier"] == args.tier})
     about["pools"] = ", ".join(pools)
-    about["arms"] = "; ".join(f"{name}: {arm.about}" for name, arm in ARMS.items())
+    about["arms"] = "; ".join(f"{name}: {arm.about}" for name, arm in TIERS[args.tier].arms.items())
     tables.write(results, args.tier, about, args.out)
-    for line in tables.answers(tables.group(results, args.tier)):
+    for line in tables.answers(tables.group(results, args.tier), args.tier):
         print(line)
     print(f"written to {args.out} and {args.out.with_suffix('.png')}")
 
@@ -84,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tier", choices=("features", "images"), default="features", help="default features")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(plan.PRIMARY_CELLS), metavar="CELL")
-    parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="default all of the tier")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each; default 1")
     parser.add_argument("--folder", type=Path, default=Path("runs/experiments"), help="of images and features")
     parser.add_argument(

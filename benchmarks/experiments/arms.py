@@ -2,7 +2,8 @@
 
 Every arm has three tries, on validation identities of seeds that the runs do not use; ArcFace's three margins are
 arms of their own, so that it is compared at its best afterwards as well. What else a recipe holds was found by hand on
-seeds 100 to 103 (docs/experiments.md): the learning rate for ArcFace's sake, the clusters' settings for their own.
+seeds 100 to 103 (docs/experiments.md): learning rates (`benchmarks.experiments.tiers`) for ArcFace's sake, the
+clusters' settings for their own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from configs.head import HeadConfig
 from configs.schema import ClusteringConfig
 
 SCALE = 24.0  # some hundred classes; configs/head.py says 30 for fewer than some thousand
-MARGINS = (0.3, 0.5, 0.7)
+AGAINST = ("full, levels shuffled", "full, all shuffled")
+"""Placebos of the primary questions."""
 _KAPPA_MARGINS = (0.7, 1.0, 1.3)  # their mean margin is a third to two thirds of it
 _SPREAD = 0.15  # bounds of class margins about their mean
 _OFF: dict[str, Any] = {
@@ -46,7 +48,7 @@ def _arcface(margin: float, **head: Any) -> Recipe:
 
 def _clusters(placebo: str = "", **settings: Any) -> Callable[[float], Recipe]:
     def recipe(margin: float) -> Recipe:
-        bounds = {"margin_low": margin - _SPREAD, "margin_high": margin + _SPREAD}
+        bounds = {"margin_low": max(0.0, margin - _SPREAD), "margin_high": margin + _SPREAD}
         clustering = ClusteringConfig(**{**bounds, **_OFF, **settings})
         return replace(_arcface(margin), clustering=clustering, placebo=placebo)
 
@@ -64,26 +66,29 @@ _PULL: dict[str, Any] = {"contrastive_weight": 0.5}
 _ALIGN: dict[str, Any] = {"alignment_weight": 0.1}
 _FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
 
-ARMS: dict[str, Arm] = {
-    **{f"arcface {margin}": Arm(f"ArcFace, margin {margin}", (margin,), _arcface) for margin in MARGINS},
-    "kappaface": Arm("KappaFace's margins", _KAPPA_MARGINS, _kappaface),
-    "subcentres": Arm("ArcFace, 3 sub-centres", MARGINS, lambda margin: _arcface(margin, subcentres=3)),
-    "harder larger": Arm("hard classes get larger margins; gated", MARGINS, _clusters(**_GATE, direction=1)),
-    "harder smaller": Arm("hard classes get smaller margins; gated", MARGINS, _clusters(**_GATE, direction=-1)),
-    "larger, ungated": Arm("hard classes get larger margins; no gate", MARGINS, _clusters(direction=1)),
-    "smaller, ungated": Arm("hard classes get smaller margins; no gate", MARGINS, _clusters(direction=-1)),
-    "weights": Arm("hard classes count for less; gated", MARGINS, _clusters(**_GATE, level_weight=0.4)),
-    "drop": Arm("suspects leave the margin softmax, nothing else", MARGINS, _clusters(**_DROP)),
-    "pull": Arm("contrastive loss alone", MARGINS, _clusters(**_GATE, **_PULL)),
-    "pull, align": Arm("contrastive and alignment losses", MARGINS, _clusters(**_GATE, **_PULL, **_ALIGN)),
-    "full": Arm("drop, pull, align and larger margins for hard classes", MARGINS, _clusters(**_FULL)),
-    "full, one margin": Arm("the same with one margin for all", MARGINS, _clusters(**{**_FULL, "direction": 0})),
-    "full, levels shuffled": Arm(
-        "placebo: the hard level of another class", MARGINS, _clusters("shuffled levels", **_FULL)
-    ),
-    "full, all shuffled": Arm(
-        "placebo: besides, classes as clusters, and suspects by lot",
-        MARGINS,
-        _clusters("shuffled everything", **_FULL),
-    ),
-}
+
+def arms_of(margins: tuple[float, ...]) -> dict[str, Arm]:
+    """All of them, with these margins to try."""
+    return {
+        **{f"arcface {margin}": Arm(f"ArcFace, margin {margin}", (margin,), _arcface) for margin in margins},
+        "kappaface": Arm("KappaFace's margins", _KAPPA_MARGINS, _kappaface),
+        "subcentres": Arm("ArcFace, 3 sub-centres", margins, lambda margin: _arcface(margin, subcentres=3)),
+        "harder larger": Arm("hard classes get larger margins; gated", margins, _clusters(**_GATE, direction=1)),
+        "harder smaller": Arm("hard classes get smaller margins; gated", margins, _clusters(**_GATE, direction=-1)),
+        "larger, ungated": Arm("hard classes get larger margins; no gate", margins, _clusters(direction=1)),
+        "smaller, ungated": Arm("hard classes get smaller margins; no gate", margins, _clusters(direction=-1)),
+        "weights": Arm("hard classes count for less; gated", margins, _clusters(**_GATE, level_weight=0.4)),
+        "drop": Arm("suspects leave the margin softmax, nothing else", margins, _clusters(**_DROP)),
+        "pull": Arm("contrastive loss alone", margins, _clusters(**_GATE, **_PULL)),
+        "pull, align": Arm("contrastive and alignment losses", margins, _clusters(**_GATE, **_PULL, **_ALIGN)),
+        "full": Arm("drop, pull, align and larger margins for hard classes", margins, _clusters(**_FULL)),
+        "full, one margin": Arm("the same with one margin for all", margins, _clusters(**{**_FULL, "direction": 0})),
+        "full, levels shuffled": Arm(
+            "placebo: the hard level of another class", margins, _clusters("shuffled levels", **_FULL)
+        ),
+        "full, all shuffled": Arm(
+            "placebo: besides, classes as clusters, and suspects by lot",
+            margins,
+            _clusters("shuffled everything", **_FULL),
+        ),
+    }

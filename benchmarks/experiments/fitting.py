@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks.experiments.nets import SmallCNN, SmallMLP
+from benchmarks.experiments.nets import Net
 from benchmarks.experiments.placebo import service_of
 from clustering.service import ClusterService
 from configs.head import HeadConfig
@@ -55,7 +55,7 @@ def own_group() -> dist.ProcessGroup:
 
 
 def fit(
-    net: SmallCNN | SmallMLP,
+    net: Net,
     x: Tensor,
     labels: Tensor,
     *,

@@ -11,6 +11,9 @@ Each is answered by Wilcoxon's signed ranks over all ten paired seeds, two-sided
 On clean data, full must not be worse than the best ArcFace by more than 0.2 points in the mean. All other arms and
 cells are shown beside them, with Holm's correction over the arms of a cell, and decide nothing.
 
+The tier of images asks the same of larger trainings, with margins of its own choice; its rate and batch were set after
+the tier of features had answered, and before any of its own runs that count.
+
 A seed draws training, validation and test identities from the same 1200: seeds are new samples of them, not new people.
 """
 
@@ -18,18 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.experiments.arms import ARMS
 from benchmarks.experiments.cells import CELLS
 from benchmarks.experiments.runs import Result, Run
+from benchmarks.experiments.tiers import TIERS
 
 TUNING_SEEDS = (100, 101)
 SEEDS = tuple(range(10))
 PRIMARY_CELLS = ("noise tail", "clean")
 WORSE_AT_MOST = 0.2
-ARCFACE = [name for name in ARMS if name.startswith("arcface")]
-AGAINST = ("full, levels shuffled", "full, all shuffled")
 
 Margins = Mapping[tuple[str, str, str], float]
+"""Of (kind, primary cell, arm), in one tier."""
 
 
 def tuned_in(cell: str) -> str:
@@ -38,32 +40,32 @@ def tuned_in(cell: str) -> str:
     return noisy if CELLS[cell].noise or CELLS[cell].strangers else clean
 
 
-def tuning_runs(kinds: Sequence[str], cells: Sequence[str], arms: Sequence[str]) -> list[Run]:
+def tuning_runs(tier: str, kinds: Sequence[str], cells: Sequence[str], arms: Sequence[str]) -> list[Run]:
     """Every arm's tries, in the primary cells that `cells` need."""
     return [
-        Run("features", kind, cell, arm, margin, seed)
+        Run(tier, kind, cell, arm, margin, seed)
         for seed in TUNING_SEEDS
         for cell in dict.fromkeys(tuned_in(cell) for cell in cells)
         for kind in kinds
         for arm in arms
-        for margin in ARMS[arm].margins
+        for margin in TIERS[tier].arms[arm].margins
     ]
 
 
-def chosen_margins(results: Sequence[Result]) -> dict[tuple[str, str, str], float]:
+def chosen_margins(results: Sequence[Result], tier: str) -> dict[tuple[str, str, str], float]:
     """Of each (kind, primary cell, arm) the margin of best mean TAR on validation identities; ties to the smaller.
 
     An arm has none before all its tries are there.
     """
     tries: dict[tuple[str, str, str], dict[float, list[float]]] = {}
     for result in results:
-        if result["seed"] in TUNING_SEEDS and result["cell"] in PRIMARY_CELLS and result["tier"] == "features":
+        if result["seed"] in TUNING_SEEDS and result["cell"] in PRIMARY_CELLS and result["tier"] == tier:
             arm = tries.setdefault((result["kind"], result["cell"], result["arm"]), {})
             arm.setdefault(result["margin"], []).append(result["validation"][0])
     return {
         key: min(margins, key=lambda margin: (-sum(margins[margin]) / len(margins[margin]), margin))
         for key, margins in tries.items()
-        if all(len(margins.get(margin, ())) == len(TUNING_SEEDS) for margin in ARMS[key[2]].margins)
+        if all(len(margins.get(margin, ())) == len(TUNING_SEEDS) for margin in TIERS[tier].arms[key[2]].margins)
     }
 
 

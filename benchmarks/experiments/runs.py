@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from benchmarks.experiments.arms import ARMS
 from benchmarks.experiments.cells import CELLS, Split, make_split, true_accept_rates
 from benchmarks.experiments.fitting import Recipe, fit
-from benchmarks.experiments.nets import SmallCNN, SmallMLP
+from benchmarks.experiments.nets import Net, SmallMLP, TinyCNN
 from benchmarks.experiments.pools import FEATURES, Pool, fingerprint, open_pool, shifted
+from benchmarks.experiments.tiers import TIERS
 from clustering.service import ClusterService
 
 FARS = (1e-3, 1e-4)
@@ -85,7 +85,8 @@ def _parsed(text: str, where: str) -> Result:
 
 
 def _is_current(result: Result) -> bool:
-    if result["arm"] not in ARMS or result["cell"] not in CELLS:
+    tier = TIERS.get(result["tier"])
+    if tier is None or result["arm"] not in tier.arms or result["cell"] not in CELLS:
         return False
     return bool(settings_of(Run(*key_of(result))) == result["settings"])
 
@@ -101,7 +102,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def _recipe(run: Run) -> Recipe:
-    return ARMS[run.arm].recipe(run.margin)
+    return TIERS[run.tier].recipe(run.arm, run.margin)
 
 
 def missing(runs: Sequence[Run], results: Sequence[Result], pools: Mapping[str, str]) -> list[Run]:
@@ -158,8 +159,8 @@ def outcome(run: Run, folder: Path) -> Result:
     began = time.perf_counter()
     images = run.tier == "images"
     split = _split(run.kind, run.cell, run.seed, images, folder)
-    net: SmallCNN | SmallMLP
-    net = SmallCNN(embedding_size=_EMBEDDING) if images else SmallMLP(features=FEATURES, embedding_size=_EMBEDDING)
+    net: Net
+    net = TinyCNN(embedding_size=_EMBEDDING) if images else SmallMLP(features=FEATURES, embedding_size=_EMBEDDING)
     fitted = fit(
         net,
         split.x,

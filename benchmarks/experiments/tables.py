@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.arms import ARMS
+from benchmarks.experiments.arms import AGAINST
 from benchmarks.experiments.plan import (
-    AGAINST,
-    ARCFACE,
     PRIMARY_CELLS,
     SEEDS,
     WORSE_AT_MOST,
@@ -20,6 +18,7 @@ from benchmarks.experiments.plan import (
 )
 from benchmarks.experiments.runs import Result
 from benchmarks.experiments.statistics import Comparison, compare, holm
+from benchmarks.experiments.tiers import TIERS
 from benchmarks.report import markdown_table
 
 HEADER = (
@@ -40,7 +39,7 @@ By_arm = dict[str, dict[int, Result]]
 def group(results: Sequence[Result], tier: str) -> dict[tuple[str, str], By_arm]:
     """(kind, cell) to arm to seed to its result; final seeds at the chosen margin alone."""
     cells: dict[tuple[str, str], By_arm] = {}
-    margins = chosen_margins(results)
+    margins = chosen_margins(results, tier)
     for result in results:
         chosen = margins.get((result["kind"], tuned_in(result["cell"]), result["arm"]))
         if result["tier"] == tier and result["seed"] in SEEDS and result["margin"] == chosen:
@@ -60,19 +59,22 @@ def paired(arms: By_arm, name: str, other: str, far: int = 0) -> Comparison | No
 
 def best_arcface(arms: By_arm) -> str | None:
     """By the mean of the very runs: the most that can be said for it."""
-    known = [name for name in ARCFACE if arms.get(name)]
-    return max(known, key=lambda name: _mean(arms[name], 0), default=None)
+    return max(filter(_is_arcface, sorted(arms)), key=lambda name: _mean(arms[name], 0), default=None)
 
 
 def _mean(seeds: Mapping[int, Result], far: int) -> float:
     return float(np.mean([result["test"][far] for result in seeds.values()]))
 
 
-def rows(arms: By_arm) -> list[tuple[str, ...]]:
+def _is_arcface(name: str) -> bool:
+    return name.startswith("arcface")
+
+
+def rows(arms: By_arm, tier: str) -> list[tuple[str, ...]]:
     """Texts as HEADER names them, arms in their order."""
     best = best_arcface(arms)
-    against = {name: paired(arms, name, best) for name in ARMS if best and name in arms and name != best}
-    p_values = holm({name: found.p for name, found in against.items() if found and name not in ARCFACE})
+    against = {name: paired(arms, name, best) for name in TIERS[tier].arms if best and name in arms and name != best}
+    p_values = holm({name: found.p for name, found in against.items() if found and not _is_arcface(name)})
     return [
         (
             str(len(seeds)),
@@ -85,7 +87,7 @@ def rows(arms: By_arm) -> list[tuple[str, ...]]:
             " -> ".join(f"{np.mean([result['loss'][epoch] for result in seeds.values()]):.2f}" for epoch in (0, 1)),
             _suspects(list(seeds.values())),
         )
-        for name in ARMS
+        for name in TIERS[tier].arms
         if (seeds := arms.get(name))
     ]
 
@@ -100,14 +102,14 @@ def _suspects(results: Sequence[Result]) -> str:
     return " / ".join(f"{np.mean([result[name] for result in results]):.2f}" for name in ("precision", "recall"))
 
 
-def answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
+def answers(cells: Mapping[tuple[str, str], By_arm], tier: str) -> list[str]:
     """A line for each primary question and kind, once all runs that it needs are there."""
     noisy, clean = PRIMARY_CELLS
-    lines = []
+    arcface, lines = TIERS[tier].arcface, []
     for kind in sorted({kind for kind, _ in cells}):
         arms = cells.get((kind, noisy), {})
         found = {}
-        if _complete(arms, ("full", *ARCFACE, *AGAINST)):
+        if _complete(arms, ("full", *arcface, *AGAINST)):
             others = [other for other in (best_arcface(arms), *AGAINST) if other]
             found = {other: comparison for other in others if (comparison := paired(arms, "full", other))}
         else:
@@ -121,7 +123,7 @@ def answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
             )
         arms = cells.get((kind, clean), {})
         best = best_arcface(arms)
-        if best and _complete(arms, ("full", *ARCFACE)) and (harmless := paired(arms, "full", best)):
+        if best and _complete(arms, ("full", *arcface)) and (harmless := paired(arms, "full", best)):
             said = "no" if harmless.mean >= -WORSE_AT_MOST else "yes"
             lines.append(
                 f"{kind}, {clean}: full worse than {best} by over {WORSE_AT_MOST}? {said}: {_difference(harmless)}"
@@ -138,20 +140,22 @@ def write(results: Sequence[Result], tier: str, about: Mapping[str, str], out: P
     cells = group(results, tier)
     text = f"# Does cluster guidance help? The tier of {tier}\n\n"
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
-    text += "\n## The questions that were asked beforehand\n\n" + "".join(f"- {line}\n" for line in answers(cells))
+    text += "\n## The questions that were asked beforehand\n\n" + "".join(
+        f"- {line}\n" for line in answers(cells, tier)
+    )
     for (kind, cell), arms in sorted(cells.items()):
-        text += f"\n## {kind}, {cell}\n\n{markdown_table(HEADER, rows(arms))}"
+        text += f"\n## {kind}, {cell}\n\n{markdown_table(HEADER, rows(arms, tier))}"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
-    figure(cells).savefig(out.with_suffix(".png"), dpi=110)
+    figure(cells, tier).savefig(out.with_suffix(".png"), dpi=110)
 
 
-def figure(cells: Mapping[tuple[str, str], By_arm]) -> Figure:
+def figure(cells: Mapping[tuple[str, str], By_arm], tier: str) -> Figure:
     """Differences to the best ArcFace with their intervals, a panel for each kind and cell."""
     shown = sorted(cells)
     drawn = Figure(figsize=(4.6 * max(1, len(shown)), 5.2), layout="constrained")
     panels = drawn.subplots(1, max(1, len(shown)), sharey=True, squeeze=False)[0]
-    names = [name for name in ARMS if name not in ARCFACE]
+    names = [name for name in TIERS[tier].arms if not _is_arcface(name)]
     for panel, key in zip(panels, shown, strict=False):
         best = best_arcface(cells[key])
         for place, name in enumerate(names):

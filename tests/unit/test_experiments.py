@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from benchmarks.experiments import glyphs, plan, runs, tables
 from benchmarks.experiments.__main__ import main as experiments
-from benchmarks.experiments.arms import ARMS
+from benchmarks.experiments.arms import AGAINST
 from benchmarks.experiments.cells import CELLS, Cell, make_split, true_accept_rates
 from benchmarks.experiments.fitting import Recipe, fit
 from benchmarks.experiments.nets import SmallMLP
@@ -22,6 +22,7 @@ from benchmarks.experiments.placebo import PLACEBOS
 from benchmarks.experiments.pools import Pool
 from benchmarks.experiments.runs import Run
 from benchmarks.experiments.statistics import compare, holm
+from benchmarks.experiments.tiers import TIERS, Tier
 from clustering.margins import mean_margin
 from configs.head import HeadConfig
 from configs.schema import ClusteringConfig
@@ -109,13 +110,21 @@ def test_true_accept_rates_against_counting_pairs() -> None:
     assert true_accept_rates(x_ND, (0.1,)) == pytest.approx([expected])
 
 
-def test_every_arm_may_try_as_often() -> None:
-    tried = [len(arm.margins) for name, arm in ARMS.items() if name not in plan.ARCFACE]
-    assert set(tried) == {3} == {len(plan.ARCFACE)}
-    assert not set(plan.TUNING_SEEDS) & set(plan.SEEDS)
-    for arm in ARMS.values():
+@pytest.mark.parametrize("tier", TIERS.values(), ids=list(TIERS))
+def test_every_arm_may_try_as_often(tier: Tier) -> None:
+    tried = [len(arm.margins) for name, arm in tier.arms.items() if name not in tier.arcface]
+    assert set(tried) == {3} == {len(tier.arcface)}
+    assert {"full", *AGAINST} <= tier.arms.keys()
+    for name, arm in tier.arms.items():
         for margin in arm.margins:
-            arm.recipe(margin)  # the configuration's own checks
+            assert tier.recipe(name, margin).optim.lr == tier.lr  # and the configuration's own checks
+
+
+def test_seeds_of_tuning_are_not_those_that_count() -> None:
+    assert not set(plan.TUNING_SEEDS) & set(plan.SEEDS)
+
+
+FEATURES = TIERS["features"]
 
 
 def _line(arm: str, margin: float, seed: int, *, validation: float = 0.0, test: float = 0.0) -> dict[str, Any]:
@@ -132,8 +141,8 @@ def test_margins_are_chosen_on_validation_of_the_tuning_seeds_alone() -> None:
         for seed in plan.TUNING_SEEDS
     ]
     lines.append(_line("full", 0.3, 0, validation=99.0))
-    assert plan.chosen_margins(lines) == {("faces", "noise tail", "full"): 0.5}
-    assert plan.chosen_margins(lines[1:]) == {}, "not before all tries are there"
+    assert plan.chosen_margins(lines, "features") == {("faces", "noise tail", "full"): 0.5}
+    assert plan.chosen_margins(lines[1:], "features") == {}, "not before all tries are there"
 
 
 def test_margins_come_from_the_cell_that_is_most_alike() -> None:
@@ -141,10 +150,12 @@ def test_margins_come_from_the_cell_that_is_most_alike() -> None:
         *["clean"] * 3,
         *["noise tail"] * 2,
     ]
-    runs_of = {cell: plan.tuning_runs(["faces"], [cell], ["full"]) for cell in ("tail", "noise", "strangers tail")}
+    runs_of = {
+        cell: plan.tuning_runs("images", ["faces"], [cell], ["full"]) for cell in ("tail", "noise", "strangers tail")
+    }
     assert {run.cell for run in runs_of["tail"]} == {"clean"}
     assert runs_of["noise"] == runs_of["strangers tail"]
-    assert len(runs_of["noise"]) == len(plan.TUNING_SEEDS) * len(ARMS["full"].margins)
+    assert len(runs_of["noise"]) == len(plan.TUNING_SEEDS) * len(FEATURES.arms["full"].margins)
 
 
 def test_a_run_is_done_once_and_again_when_its_settings_change(tmp_path: Path) -> None:
@@ -174,29 +185,32 @@ def test_a_run_is_done_once_and_again_when_its_settings_change(tmp_path: Path) -
 
 
 def test_answers_name_the_best_arcface_of_the_runs_and_correct_for_three_questions() -> None:
-    chosen = {**{name: ARMS[name].margins[0] for name in plan.ARCFACE}, **dict.fromkeys(("full", *plan.AGAINST), 0.5)}
+    chosen = {
+        **{name: FEATURES.arms[name].margins[0] for name in FEATURES.arcface},
+        **dict.fromkeys(("full", *AGAINST), 0.5),
+    }
     lines = [
         _line(name, margin, seed, validation=float(margin == chosen[name]))
         for name in chosen
-        for margin in ARMS[name].margins
+        for margin in FEATURES.arms[name].margins
         for seed in plan.TUNING_SEEDS
     ]
     for seed in plan.SEEDS:
-        for place, name in enumerate(plan.ARCFACE):
+        for place, name in enumerate(FEATURES.arcface):
             lines.append(_line(name, chosen[name], seed, test=20.0 + place + 0.1 * seed))
         lines.append(_line("full", 0.5, seed, test=24.0 + 0.1 * seed + 0.01 * seed))
         lines.append(_line("full", 0.7, seed, test=99.0))  # another margin than the chosen one
         lines.append(_line("full, levels shuffled", 0.5, seed, test=24.0 + 0.1 * seed + (0.02 if seed % 2 else -0.02)))
         lines.append(_line("full, all shuffled", 0.5, seed, test=22.0 + 0.1 * seed))
-    first, second, third = tables.answers(tables.group(lines, "features"))
+    first, second, third = tables.answers(tables.group(lines, "features"), "features")
     assert first.startswith("faces, noise tail: full above arcface 0.7? yes: +2.04")
     assert first.endswith("p 0.006")
     assert "full, levels shuffled? " in second
     assert "full, all shuffled? yes" in third
-    (missing,) = tables.answers(tables.group(lines[:-1], "features"))
+    (missing,) = tables.answers(tables.group(lines[:-1], "features"), "features")
     assert "not answered yet" in missing
-    rows = tables.rows(tables.group(lines, "features")["faces", "noise tail"])
-    assert [row[1] for row in rows] == [*plan.ARCFACE, "full", *plan.AGAINST]
+    rows = tables.rows(tables.group(lines, "features")["faces", "noise tail"], "features")
+    assert [row[1] for row in rows] == [*FEATURES.arcface, "full", *AGAINST]
     assert rows[2][4] == "best"
     assert rows[3][0] == "10"
 
@@ -267,6 +281,12 @@ def test_no_jobs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         experiments(["run", "--jobs", "0"])
     assert "--jobs: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_an_arm_of_another_tier_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        experiments(["run", "--tier", "images", "--only", "full", "arcface 0.7"])
+    assert "--only: expected arms of the tier of images, arcface 0.1, " in capsys.readouterr().err
 
 
 def test_missing_fonts_are_named_with_the_cure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
