@@ -43,11 +43,13 @@ Run = Callable[[Tensor, Tensor, int], Outcome]
 def arms(group: dist.ProcessGroup, device: torch.device) -> tuple[dict[str, Run], dict[str, str]]:
     """Ways that can run here, by name, and why the others are left out."""
     found: dict[str, Run] = {
-        OURS: lambda *problem: _ours(*problem, group=group, skipping=True),
-        "ours, nothing left out": lambda *problem: _ours(*problem, group=group, skipping=False),
+        OURS: lambda *problem: _ours(*problem, group=group),
+        "ours, nothing left out": lambda *problem: _ours(*problem, group=group, bounds=False, projection=False),
         "torch": _plain,
     }
     left_out: dict[str, str] = {}
+    if device.type == "cpu":
+        found["ours, without codes"] = lambda *problem: _ours(*problem, group=group, codes=False)
     if importlib.util.find_spec("faiss") is None:
         left_out |= dict.fromkeys((FAISS, "faiss super"), "faiss is not installed")
     elif device.type == "cpu":
@@ -75,7 +77,7 @@ def _timed(work: Callable[[], Tensor], device: torch.device, compared: list[floa
     return Outcome(wall=wall, cpu=cpu, centres_KD=centres_KD.to(device), compared=share)
 
 
-def _ours(x_ND: Tensor, start_KD: Tensor, iterations: int, *, group: dist.ProcessGroup, skipping: bool) -> Outcome:
+def _ours(x_ND: Tensor, start_KD: Tensor, iterations: int, *, group: dist.ProcessGroup, **options: bool) -> Outcome:
     compared: list[float] = []
 
     def work() -> Tensor:
@@ -84,9 +86,8 @@ def _ours(x_ND: Tensor, start_KD: Tensor, iterations: int, *, group: dist.Proces
             centres_SD=start_KD,
             num_clusters=len(start_KD),
             group=group,
-            bounds=skipping,
-            projection=skipping,
             product_dtype=torch.bfloat16 if x_ND.is_cuda else torch.float32,
+            **options,  # type: ignore[arg-type]
         )
         compared.extend(lloyd.iterate().compared for _ in range(iterations))
         return lloyd.centres_SD

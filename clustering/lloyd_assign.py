@@ -21,9 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.bounds import FAR, angles_at_least, angles_at_most, best_threshold, passing_counts, thresholds
+from clustering.codes import CodedCentres, can_multiply
+from clustering.heads import CentreHeads
 from clustering.lloyd_checks import agree, problem_of_rows
+from clustering.lloyd_codes import PointCodes
 from clustering.lloyd_projection import Projections
 from clustering.nearest import NONE, Nearest, nearest_, row_dots, tolerance
+from clustering.nearest_codes import nearest_by_codes_
+from clustering.nearest_pairs import quieten
 from clustering.nearest_projection import Projection, Sample, find_
 from clustering.rows import UnitRows
 from clustering.shards import show_rows
@@ -33,6 +38,8 @@ from sharding import Shard, all_shards
 
 _LEAST = 512
 """Points of a piece, where there are as many: fewer are not worth a thread."""
+_LEAST_CODED = 128
+"""With fewer clusters, coding the points costs about as much as the comparisons."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +61,8 @@ class _Comparison:
     """The same in the dtype of the products."""
     cluster_s: Tensor
     projection: Projection | None
-    head_sd: Tensor | None
+    heads_s: CentreHeads | None
+    coded: CodedCentres | None
 
 
 def _with_all(chosen_P: Tensor, projection: Projection | None) -> _Task:
@@ -75,11 +83,14 @@ class Assigner:
         device: torch.device,
         bounds: bool,
         projection: bool,
+        codes: bool,
         kernels: bool,
         dtype: torch.dtype,
         block: int,
     ) -> None:
-        """total: points of all ranks. kernels: compare by Triton. dtype: of the products' operands."""
+        """total: points of all ranks. codes: where they can be and pay. kernels: compare by Triton. dtype: of the
+        products' operands.
+        """
         self._rows, self._group, self._device = rows, group, device
         self._shards = all_shards(dist.get_world_size(group), num_clusters)
         self._first_row, self._total = first_row, total
@@ -87,10 +98,21 @@ class Assigner:
         self._bound_P = torch.zeros(len(rows), device=device)
         self._real_P: Tensor | None = None
         """bool: rows that are not zero; None: not looked at yet."""
+        coded = codes and device.type == "cpu" and dtype == torch.float32 and not kernels
+        self._codes = PointCodes(rows) if coded and num_clusters >= _LEAST_CODED and can_multiply() else None
         self._projections: Projections | None = None
         if projection and device.type == "cpu":
-            found = Projections(rows, num_clusters=num_clusters, first_row=first_row, total=total, group=group)
+            found = Projections(
+                rows,
+                num_clusters=num_clusters,
+                first_row=first_row,
+                total=total,
+                codes=self._codes is not None,
+                group=group,
+            )
             self._projections = found if found.worth_a_try else None
+        if self._codes or self._projections:
+            quieten()
         self._work = 0.0
 
     def assign(self, centres_SD: Tensor, index_P: Tensor, drift_K: Tensor) -> tuple[Nearest, int]:
@@ -191,16 +213,20 @@ class Assigner:
                 self._work += sum(each(compare, self._pieces(task.point_Q), self._device))
 
     def _comparison(self, centres_sD: Tensor, cluster_s: Tensor, projection: Projection | None) -> _Comparison:
-        head_sd = None
+        heads_s, coded = None, None
         if projection and self._projections:
             self._projections.keep(projection.dims, self._device)
-            head_sd = self._projections.of_centres(centres_sD, projection.dims)
+            heads_s = self._projections.of_centres(centres_sD, projection.dims)
+        elif self._codes:
+            self._codes.keep(self._device)
+            coded = self._codes.of_centres(centres_sD)
         return _Comparison(
             centres_sD=centres_sD,
             operand_sD=centres_sD.to(self._dtype),
             cluster_s=cluster_s,
             projection=projection,
-            head_sd=head_sd,
+            heads_s=heads_s,
+            coded=coded,
         )
 
     def _run(self, state: Nearest, comparison: _Comparison, part_b: Tensor) -> float:
@@ -208,11 +234,13 @@ class Assigner:
         c, used, x_bD = comparison, comparison.projection, self._rows.pick(part_b)
         part = Nearest(best_b=state.best_b[part_b], index_b=state.index_b[part_b], second_b=state.second_b[part_b])
         work = float(len(part_b) * len(c.cluster_s))
-        if used and c.head_sd is not None and self._projections:
-            head_bd = self._projections.of_points(part_b, x_bD, used.dims)
+        if used and c.heads_s and self._projections:
+            heads_b = self._projections.of_points(part_b, x_bD, used.dims)
             work *= used.dims / self._rows.dim
-            work += find_(part, x_bD, head_bd, c.centres_sD, c.head_sd, c.cluster_s, used)
+            work += find_(part, x_bD, heads_b, c.centres_sD, c.heads_s, c.cluster_s, used)
             part.second_b.clamp_min_(used.cosine)
+        elif c.coded and self._codes:
+            nearest_by_codes_(part, x_bD, self._codes.of_points(part_b, x_bD), c.centres_sD, c.coded, c.cluster_s)
         else:
             nearest_(part, x_bD, c.centres_sD, c.operand_sD, c.cluster_s, kernels=self._kernels)
         for kept_P, new_b in zip(

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering.nearest_projection import Projection, Sample, choose, quieten, random_basis, subspaces
+from clustering.heads import CentreHeads, CodedHeads, PlainHeads, PointHeads, joined, point_heads
+from clustering.nearest_projection import Projection, Sample, choose, random_basis, subspaces
 from clustering.rows import UnitRows
 from clustering.threads import each
 from partial_fc.collectives import all_reduce_
@@ -28,9 +29,10 @@ class Projections:
     """Of one run of k-means, on CPUs."""
 
     def __init__(
-        self, rows: UnitRows, *, num_clusters: int, first_row: int, total: int, group: dist.ProcessGroup
+        self, rows: UnitRows, *, num_clusters: int, first_row: int, total: int, codes: bool, group: dist.ProcessGroup
     ) -> None:
-        """total: points of all ranks."""
+        """total: points of all ranks. codes: products are those of codes, whatever else is compared too."""
+        self._codes = codes
         self._rows, self._clusters, self._group = rows, num_clusters, group
         size = min(_SAMPLE, total // _SHARE)
         self.worth_a_try = bool(size and num_clusters >= _LEAST_CLUSTERS and subspaces(rows.dim))
@@ -38,9 +40,8 @@ class Projections:
         row_Q = torch.arange(size) * total // max(1, size)
         self._sample_Q = row_Q[(row_Q >= first_row) & (row_Q < first_row + len(rows))] - first_row
         self._basis_DE = random_basis(rows.dim) if self.worth_a_try else torch.empty(rows.dim, 0)
-        self._kept_Pd: Tensor | None = None
-        if self.worth_a_try:
-            quieten()
+        self._kept_P: PointHeads | None = None
+        self._kept_dims = 0
 
     def sample(self) -> Sample:
         """Of rows that do not depend on the number of ranks."""
@@ -48,27 +49,26 @@ class Projections:
 
     def choose(self, sample: Sample, *, known: bool) -> Projection | None:
         """What pays, or None. One all-reduce."""
-        return choose(all_reduce_(sample.table(), self._group), self._rows.dim, self._clusters, known=known)
+        without = torch.tensor([int(not self._codes)])  # a rank whose torch cannot multiply codes
+        table = all_reduce_(torch.cat([sample.table(), without]), self._group)
+        return choose(table[:-1], self._rows.dim, self._clusters, known=known, codes=not int(table[-1]))
 
-    def of_centres(self, centres_sD: Tensor, dims: int) -> Tensor:
-        """(s, d)."""
-        return centres_sD @ self._basis_DE[:, :dims]
+    def of_centres(self, centres_sD: Tensor, dims: int) -> CentreHeads:
+        head_sd = centres_sD @ self._basis_DE[:, :dims]
+        return CodedHeads(head_sd) if self._codes else PlainHeads(head_sd)
 
     def keep(self, dims: int, device: torch.device) -> None:
         """Project all points once, where there is memory for it; `of_points` reads it then."""
-        if len(self._rows) * dims * 4 > _KEPT_BYTES or (self._kept_Pd is not None and self._kept_Pd.shape[1] >= dims):
+        P = len(self._rows)
+        if P * dims * (1 if self._codes else 4) > _KEPT_BYTES or dims == self._kept_dims:
             return
-        kept_Pd = torch.empty(len(self._rows), dims)
+        starts = range(0, P, _BLOCK)
+        made = each(lambda start: self._made(self._rows.block(start, min(start + _BLOCK, P)), dims), starts, device)
+        self._kept_P, self._kept_dims = joined(made), dims
 
-        def project(start: int) -> None:
-            block_bD = self._rows.block(start, min(start + _BLOCK, len(self._rows)))
-            torch.mm(block_bD, self._basis_DE[:, :dims], out=kept_Pd[start : start + len(block_bD)])
+    def of_points(self, point_b: Tensor, x_bD: Tensor, dims: int) -> PointHeads:
+        """point_b: int64 places of the rows x_bD."""
+        return self._kept_P[point_b] if self._kept_P and self._kept_dims == dims else self._made(x_bD, dims)
 
-        each(project, range(0, len(self._rows), _BLOCK), device)
-        self._kept_Pd = kept_Pd
-
-    def of_points(self, point_b: Tensor, x_bD: Tensor, dims: int) -> Tensor:
-        """(b, d). point_b: int64 places of the rows x_bD."""
-        if self._kept_Pd is None or self._kept_Pd.shape[1] < dims:
-            return x_bD @ self._basis_DE[:, :dims]
-        return self._kept_Pd[point_b, :dims]
+    def _made(self, x_bD: Tensor, dims: int) -> PointHeads:
+        return point_heads(x_bD @ self._basis_DE[:, :dims], codes=self._codes)

@@ -24,14 +24,15 @@ q pairs of a point and a centre, Q points of the sample, K clusters, G levels of
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clustering.nearest import Nearest, columns_of, row_dots, tolerance
+from clustering.heads import CentreHeads, PointHeads
+from clustering.nearest import Nearest, columns_of
+from clustering.nearest_pairs import offer_, pair_cosines
 
 _DEVIATIONS = 5.0
 _ROUNDING = 4e-6
@@ -41,11 +42,13 @@ _LEVELS = 1 << 11
 """Of a histogram of -1 … 1."""
 _LIMITS = torch.arange(1, 39) / 40
 """Values of T worth a try."""
-_ROWS, _COLUMNS = 2048, 512  # of a tile on a CPU
+_ROWS = 1024  # of a tile on a CPU
 _PAIR_COST = 20.0
 """A pair compared alone over a cosine of a product of matrices, at D = 512, on a CPU core."""
 _PASS_COST = 20.0
 """Multiplications in the time that looking at a cosine of the projections takes."""
+_CODES_PRODUCT, _CODES_FULL = 0.5, 0.65
+"""Costs of a product of codes, and of comparing by codes with all that belongs to it, over those in float32."""
 _WORTHWHILE = 0.85
 """Of the cost of comparing everything."""
 
@@ -61,9 +64,9 @@ class Projection:
     dim: int
     """D."""
 
-    def limits(self, head_bd: Tensor) -> Tensor:
-        """Of each point's products with the centres' projections, float32 (b,)."""
-        return _limits(torch.tensor(self.cosine), head_bd.square().sum(1).clamp_max(1), self.dim) - _ROUNDING
+    def limits(self, kept_b: Tensor) -> Tensor:
+        """Of each point's products with the centres' projections, float32 (b,). kept_b: p."""
+        return _limits(torch.tensor(self.cosine), kept_b, self.dim) - _ROUNDING
 
 
 def _limits(cosine: Tensor, kept: Tensor, dim: int) -> Tensor:
@@ -88,76 +91,34 @@ def random_basis(dim: int, seed: int = 0) -> Tensor:
 def find_(
     state: Nearest,
     x_bD: Tensor,
-    head_bd: Tensor,
+    points_b: PointHeads,
     centres_sD: Tensor,
-    head_sd: Tensor,
+    heads_s: CentreHeads,
     cluster_s: Tensor,
     projection: Projection,
 ) -> int:
     """Compare each point, in full, with those centres of a tile whose cosine to it may be T or more; not its own.
 
-    head_bd, head_sd: projections. Returns the number of pairs that were compared. CPUs only.
+    points_b, heads_s: their projections. Returns the number of pairs that were compared. CPUs only.
     """
-    hidden_b, pairs = columns_of(state.index_b, cluster_s), 0
-    limit_b1 = projection.limits(head_bd)[:, None].numpy()
-    buffer = torch.empty(min(_ROWS, len(head_bd)) * min(_COLUMNS, len(head_sd)))
-    over = np.empty(len(buffer), dtype=np.bool_)
-    for top in range(0, len(head_bd), _ROWS):
-        part_nd, limit_n1 = head_bd[top : top + _ROWS], limit_b1[top : top + _ROWS]
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
-        for left in range(0, len(head_sd), _COLUMNS):
-            tile_td = head_sd[left : left + _COLUMNS]
-            size = len(part_nd) * len(tile_td)
-            head_nt = torch.mm(part_nd, tile_td.T, out=buffer[:size].view(len(part_nd), len(tile_td)))
-            np.greater(head_nt.numpy(), limit_n1, out=over[:size].reshape(head_nt.shape))
-            place_q = torch.from_numpy(np.flatnonzero(over[:size]))  # both 0.3 ns a number; torch takes 5
+    own_b, pairs = columns_of(state.index_b, cluster_s), 0
+    unit_b, error_b = heads_s.unit(points_b)
+    limit_b1 = ((projection.limits(points_b.kept_b) - error_b) * unit_b)[:, None].numpy()
+    for top in range(0, len(x_bD), _ROWS):
+        rows, found = slice(top, top + _ROWS), []
+        for left, head_nt in heads_s.tiles(points_b[rows]):
+            over = head_nt.numpy() > limit_b1[rows]
+            place_q = torch.from_numpy(np.flatnonzero(over))  # both 0.3 ns a number; torch takes 5
             if len(place_q):
-                row_q, column_q = place_q // len(tile_td), place_q % len(tile_td)
-                tile_tD, part_nD = centres_sD[left : left + _COLUMNS], x_bD[top : top + _ROWS]
-                found.append((row_q + top, column_q + left, _cosines(part_nD, row_q, tile_tD, column_q)))
+                row_q, column_q = place_q // over.shape[1], place_q % over.shape[1]
+                tile_tD = centres_sD[left : left + over.shape[1]]
+                found.append((row_q + top, column_q + left, pair_cosines(x_bD[rows], row_q, tile_tD, column_q)))
         if found:
             row_q, column_q, cosine_q = (torch.cat(parts) for parts in zip(*found, strict=True))
             pairs += len(row_q)
-            other_q = hidden_b[row_q] != column_q
-            _offer_(state, x_bD, row_q[other_q], centres_sD, column_q[other_q], cosine_q[other_q], cluster_s)
+            other_q = own_b[row_q] != column_q
+            offer_(state, x_bD, row_q[other_q], centres_sD, column_q[other_q], cosine_q[other_q], cluster_s)
     return pairs
-
-
-def quieten() -> None:
-    """Take torch's only warning of sparse tensors in a process here, where nobody sees it: none leaves this module."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        _cosines(
-            torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
-        )
-
-
-def _cosines(x_nD: Tensor, row_q: Tensor, centres_tD: Tensor, column_q: Tensor) -> Tensor:
-    """Of single pairs, in float32. row_q: rising, and column_q within a row: nothing is gathered then."""
-    shape = (len(x_nD), len(centres_tD))
-    start_n = torch.bincount(row_q, minlength=shape[0]).cumsum(0)
-    chosen = torch.sparse_csr_tensor(
-        torch.cat([start_n.new_zeros(1), start_n]), column_q, x_nD.new_zeros(len(row_q)), shape, check_invariants=False
-    )
-    cosine_q: Tensor = torch.sparse.sampled_addmm(chosen, x_nD, centres_tD.T, beta=0.0).values()
-    return cosine_q
-
-
-def _offer_(
-    state: Nearest,
-    x_bD: Tensor,
-    row_q: Tensor,
-    centres_sD: Tensor,
-    column_q: Tensor,
-    cosine_q: Tensor,
-    cluster_s: Tensor,
-) -> None:
-    """Only those pairs that may be the nearest need float64."""
-    enough_b = state.best_b.float().scatter_reduce_(0, row_q, cosine_q, "amax") - 2 * tolerance(torch.float32)
-    may_q = cosine_q >= enough_b[row_q]
-    state.second_b.scatter_reduce_(0, row_q[~may_q], cosine_q[~may_q], "amax")
-    row_q, column_q = row_q[may_q], column_q[may_q]
-    state.offer_pairs_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
 
 
 class Sample:
@@ -189,11 +150,11 @@ class Sample:
         return torch.cat([self._over_WG.flatten(), solved_T, torch.tensor([len(self._x_QD)])])
 
 
-def choose(table: Tensor, dim: int, clusters: int, *, known: bool) -> Projection | None:
+def choose(table: Tensor, dim: int, clusters: int, *, known: bool, codes: bool) -> Projection | None:
     """The projection of least predicted cost, if it is worth it.
 
     table: of `Sample`, over all ranks. known: every point's own cosine is known beforehand, so that points below T are
-    not projected in vain.
+    not projected in vain. codes: products are those of codes.
     """
     widths = subspaces(dim)
     over_WG = table[: len(widths) * _LEVELS].view(-1, _LEVELS)
@@ -201,12 +162,13 @@ def choose(table: Tensor, dim: int, clusters: int, *, known: bool) -> Projection
     if not points or not clusters:
         return None
     solved_T = table[len(widths) * _LEVELS : -1] / points
-    best, least = None, _WORTHWHILE
+    product, full = (_CODES_PRODUCT, _CODES_FULL) if codes else (1.0, 1.0)
+    best, least = None, _WORTHWHILE * full
     for d, over_G in zip(widths, over_WG, strict=True):
         level_T = ((_limits(_LIMITS, torch.tensor(d / dim), dim) + 1) / 2 * _LEVELS).long().clamp(0, _LEVELS - 1)
         survive_T = over_G.flip(0).cumsum(0).flip(0)[level_T] / (points * clusters)
-        projected_T = (d + _PASS_COST) / dim + survive_T * _PAIR_COST + d / clusters
-        cost_T = (solved_T if known else 1) * projected_T + (1 - solved_T)
+        projected_T = (d * product + _PASS_COST) / dim + survive_T * _PAIR_COST + d / clusters
+        cost_T = (solved_T if known else 1) * projected_T + (1 - solved_T) * full
         number = int(cost_T.argmin())
         if float(cost_T[number]) < least:
             best, least = Projection(dims=d, cosine=float(_LIMITS[number]), dim=dim), float(cost_T[number])

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clustering.codes import Rotation, code_centres, code_points
 from clustering.nearest import Nearest, nearest_, tolerance, top_two
+from clustering.nearest_codes import nearest_by_codes_
+from clustering.nearest_pairs import quieten
 
-FP32, BF16 = torch.float32, torch.bfloat16
+FP32, BF16, CODES = torch.float32, torch.bfloat16, torch.int8
 
 
 class Case(NamedTuple):
@@ -65,6 +68,19 @@ def exact(x_bD: Tensor, centres_sD: Tensor) -> tuple[Tensor, Tensor]:
     return cosine_bs, cosine_bs.argmax(1)
 
 
+def compare_(
+    state: Nearest, x_bD: Tensor, centres_sD: Tensor, cluster_s: Tensor, *, dtype: torch.dtype, kernels: bool
+) -> None:
+    """`nearest_`, or by codes for a dtype of int8."""
+    if dtype != torch.int8:
+        nearest_(state, x_bD, centres_sD, centres_sD.to(dtype), cluster_s, kernels=kernels)
+        return
+    quieten()
+    turned = Rotation(x_bD.shape[1]).turned
+    coded = code_centres(turned(centres_sD), tile=16)
+    nearest_by_codes_(state, x_bD, code_points(turned(x_bD)), centres_sD, coded, cluster_s)
+
+
 def check_ties(device: str, kernels: bool, dtype: torch.dtype) -> None:
     """Copies of centres, and centres one rounding apart: exact in any order of any tiles, the others all below."""
     base_sD = unit(40, 60, seed=3)
@@ -80,15 +96,16 @@ def check_ties(device: str, kernels: bool, dtype: torch.dtype) -> None:
             for left in reversed(lefts) if backwards else lefts:
                 tile_sD = base_sD[left : left + width].to(device)
                 cluster_s = torch.arange(left, left + len(tile_sD), device=device)
-                nearest_(state, x_bD.to(device), tile_sD, tile_sD.to(dtype), cluster_s, kernels=kernels)
+                compare_(state, x_bD.to(device), tile_sD, cluster_s, dtype=dtype, kernels=kernels)
             assert torch.equal(state.index_b.cpu(), index_b)
             torch.testing.assert_close(state.best_b.cpu(), cosine_bs.amax(1), rtol=0, atol=1e-14)
             others_b = cosine_bs.scatter(1, index_b[:, None], float("-inf")).amax(1)
-            assert (state.second_b.cpu() >= others_b - tolerance(dtype)).all()
-            assert (state.second_b.cpu() <= state.best_b.cpu() + tolerance(dtype)).all()
+            slack = tolerance(FP32 if dtype == CODES else dtype)
+            assert (state.second_b.cpu() >= others_b - slack).all()
+            assert (state.second_b.cpu() <= state.best_b.cpu() + slack).all()
 
 
-def check_collapsed(device: str, kernels: bool) -> None:
+def check_collapsed(device: str, kernels: bool, dtype: torch.dtype = FP32) -> None:
     """Points and centres that all but coincide, copies among the centres: thinned out, and still exact."""
     base_D = unit(1, 60, seed=6)
     centres_sD = F.normalize(base_D + 1e-5 * unit(150, 60, seed=7))
@@ -100,6 +117,6 @@ def check_collapsed(device: str, kernels: bool) -> None:
     state.index_b[:] = torch.arange(123, device=device)  # their own; nearer ones are found, and the first of copies
     state.best_b.copy_(cosine_bs[torch.arange(123), torch.arange(123)])
     centres_sD = centres_sD.to(device)
-    nearest_(state, x_bD.to(device), centres_sD, centres_sD, torch.arange(150, device=device), kernels=kernels)
+    compare_(state, x_bD.to(device), centres_sD, torch.arange(150, device=device), dtype=dtype, kernels=kernels)
     assert torch.equal(state.index_b.cpu(), index_b)
     torch.testing.assert_close(state.best_b.cpu(), cosine_bs.amax(1), rtol=0, atol=1e-15)

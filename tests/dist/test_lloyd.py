@@ -51,6 +51,8 @@ CASES = {
     "one point": Case(1, 1, 7),
     "one cluster": Case(123, 1, 7, groups=3),
     "fewer clusters than ranks": Case(123, 3, 7, groups=3),
+    "by codes": Case(507, 150, 33, groups=60, copies=2, same_centres=20, zero_centres=9, zero_points=5),
+    "by codes, anywhere": Case(600, 252, 70),
     "projected": Case(4400, 400, 256, groups=200, iterations=3),
 }
 
@@ -184,7 +186,7 @@ def _run_on_threads(group: dist.ProcessGroup, case: Case, threads: int) -> tuple
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["clustered", "copies", "projected"])
+@pytest.mark.parametrize("name", ["clustered", "copies", "by codes", "projected"])
 def test_threads_change_nothing(ranks: RankPool, name: str) -> None:
     case = CASES[name]
     found, names, threads = ranks.run(1, _run_on_threads, case, 3)[0]
@@ -214,8 +216,8 @@ def test_a_thread_that_fails_fails_the_work() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_left_out_changes_nothing(ranks: RankPool, name: str) -> None:
     case = CASES[name]
-    everything = _alone(ranks, case, bounds=False, projection=False)
-    for options in ({"projection": False}, {"bounds": False}, {}):
+    everything = _alone(ranks, case, bounds=False, projection=False, codes=False)
+    for options in ({"projection": False}, {"bounds": False}, {"codes": False}, {}):
         _same(_alone(ranks, case, **options), everything)
 
 

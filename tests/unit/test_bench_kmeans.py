@@ -26,7 +26,7 @@ def test_writes_every_row_to_both_files(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"- {fact}" in text
     assert plot.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
-    ways = [OURS, "ours, nothing left out", "torch", FAISS, "faiss super"]
+    ways = [OURS, "ours, nothing left out", "torch", "ours, without codes", FAISS, "faiss super"]
     assert [(row["data"], row["points"], row["way"]) for row in rows] == [
         (data, points, way) for data in ("faces", "random") for points in (600, 900) for way in ways
     ]

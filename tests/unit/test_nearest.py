@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clustering import nearest_projection
+from clustering.heads import CodedHeads, PlainHeads, point_heads
 from clustering.nearest import Nearest, _folded, columns_of, row_dots
 from clustering.nearest_choice import _say_once, runs_kernel, why_not
-from clustering.nearest_projection import Projection, Sample, choose, find_, quieten, random_basis, subspaces
+from clustering.nearest_pairs import quieten
+from clustering.nearest_projection import Projection, Sample, choose, find_, random_basis, subspaces
 from partial_fc.choice import KernelFallbackWarning
 from tests import nearest_cases
 from tests.nearest_cases import BF16, CASES, FP32, Case, unit
@@ -130,10 +132,10 @@ def test_limits_are_as_many_deviations_off_as_they_say(cosine: float, monkeypatc
     x_qD, centre_qD = _pair(cosine, 128, 20000)
     head_qd, head_centre_qd = (rows @ random_basis(128)[:, :48] for rows in (x_qD, centre_qD))
     projection = Projection(dims=48, cosine=cosine, dim=128)
-    product_q = (head_qd * head_centre_qd).sum(1)
-    assert (product_q > projection.limits(head_qd)).all()
+    product_q, kept_q = (head_qd * head_centre_qd).sum(1), head_qd.square().sum(1)
+    assert (product_q > projection.limits(kept_q)).all()
     monkeypatch.setattr(nearest_projection, "_DEVIATIONS", 2.0)
-    missed = float((product_q < projection.limits(head_qd)).double().mean())
+    missed = float((product_q < projection.limits(kept_q)).double().mean())
     assert 0.018 < missed < 0.028
 
 
@@ -143,19 +145,21 @@ def _clustered(points: int, K: int, D: int, spread: float) -> tuple[Tensor, Tens
     return F.normalize(centres_KD[torch.arange(points) % K] + noise_ND), centres_KD
 
 
-def test_projection_finds_every_centre_above_its_cosine() -> None:
+@pytest.mark.parametrize("codes", [False, True])
+def test_projection_finds_every_centre_above_its_cosine(codes: bool) -> None:
     x_ND, centres_KD = _clustered(700, 300, 256, 1.2)
     x_ND[5], x_ND[6] = centres_KD[7], F.normalize(centres_KD[7:8] + centres_KD[8:9])[0]
     basis_DE = random_basis(256)
     projection = Projection(dims=128, cosine=0.45, dim=256)
-    heads = [rows @ basis_DE[:, :128] for rows in (x_ND, centres_KD)]
+    points_N, head_Kd = point_heads(x_ND @ basis_DE[:, :128], codes=codes), centres_KD @ basis_DE[:, :128]
+    heads_K = CodedHeads(head_Kd) if codes else PlainHeads(head_Kd)
     state = Nearest.unknown(700, torch.device("cpu"))
     state.index_b[5], state.best_b[5] = 7, 1.0  # its own, not compared again
     cluster_K = torch.arange(300) * 2
     cluster_K[7] = 7
     cluster_K = cluster_K.sort().values
     quieten()
-    pairs = find_(state, x_ND, heads[0], centres_KD, heads[1], cluster_K, projection)
+    pairs = find_(state, x_ND, points_N, centres_KD, heads_K, cluster_K, projection)
     true_NK = x_ND.double() @ centres_KD.double().T
     best_N, column_N = true_NK.max(1)
     solved_N = best_N >= 0.45
@@ -178,8 +182,9 @@ def test_a_projection_is_chosen_where_it_pays() -> None:
             sample.see(centres_KD[:300])
             sample.see(centres_KD[300:])
             tables.append(sample.table())
-        found = choose(torch.stack(tables).sum(0), 256, 512, known=True)
-        assert (found is not None) == pays
+        for codes in (False, True):
+            found = choose(torch.stack(tables).sum(0), 256, 512, known=True, codes=codes)
+            assert (found is not None) == pays
     assert subspaces(32) == []
     assert random_basis(32).shape == (32, 0)
 
