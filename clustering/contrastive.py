@@ -58,7 +58,6 @@ class _StreamingContrast(torch.autograd.Function):
         x_ND: Tensor,
         labels_N: Tensor,
         taken_N: Tensor,
-        g_N: Tensor | None,
         candidates: Candidates,
         temperature: float,
         product_dtype: torch.dtype,
@@ -84,18 +83,16 @@ class _StreamingContrast(torch.autograd.Function):
         # Logarithms of the sums, as their ratio can leave float32. A class without a cluster draws nowhere: 0.
         drawn_N = taken_N & (own_N > 0)
         odds_N = torch.where(drawn_N, other_N.log() - own_N.log(), float("-inf"))
-        weight_N = drawn_N if g_N is None else drawn_N * g_N
-        share_N = weight_N / (temperature * taken_N.sum().clamp_min(1))
+        share_N = drawn_N / (temperature * taken_N.sum().clamp_min(1))
         u_other_ND.mul_((share_N / (own_N + other_N).clamp_min(torch.finfo(x_ND.dtype).tiny))[:, None])
         pull_N = torch.where(drawn_N, share_N * odds_N.sigmoid() / own_N, 0)
         ctx.save_for_backward(u_other_ND.sub_(u_own_ND.mul_(pull_N[:, None])))
-        loss: Tensor = (weight_N * torch.nn.functional.softplus(odds_N)).sum() / taken_N.sum().clamp_min(1)
-        return loss
+        return torch.nn.functional.softplus(odds_N).sum() / taken_N.sum().clamp_min(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (dx_ND,) = ctx.saved_tensors
-        return grad * dx_ND, None, None, None, None, None, None, None
+        return grad * dx_ND, None, None, None, None, None, None
 
 
 def contrastive_loss(
@@ -104,19 +101,17 @@ def contrastive_loss(
     suspect_N: Tensor,
     *,
     temperature: float,
-    weight_N: Tensor | None = None,
     product_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """L_scc: mean of g_i loss_i over the rows that take part; a scalar, the same on all ranks, 0 when none does.
+    """L_scc: mean of loss_i over the rows that take part; a scalar, the same on all ranks, 0 when none does.
 
     Rows that are suspect (bool (N,)) or have label -1 take no part; a row whose class owns no candidate adds 0.
-    weight_N: g_i, float32 (N,), the same on all ranks; 1 if None. temperature: tau, above 0.02, so that exp(1 / tau)
-    fits float32. product_dtype: operands of the matrix products.
+    temperature: tau, above 0.02 so that exp(1 / tau) fits float32. product_dtype: operands of the matrix products.
     Backward gives x_ND this rank's candidates' share of the gradient (sum over ranks to get all of it). Forward
     runs one all-reduce of 2N floats, backward none; no host sync.
     """
     taken_N = (batch.labels_N >= 0) & ~suspect_N
     loss: Tensor = _StreamingContrast.apply(  # type: ignore[no-untyped-call]
-        batch.x_ND, batch.labels_N, taken_N, weight_N, candidates, temperature, product_dtype, batch.group
+        batch.x_ND, batch.labels_N, taken_N, candidates, temperature, product_dtype, batch.group
     )
     return loss

@@ -1,4 +1,4 @@
-"""Margins and weights of classes from their hard levels. Ours, see docs/method.md.
+"""Margins of classes from their hard levels. Ours, see docs/method.md.
 
 Legend: C classes, all of them.
 """
@@ -36,34 +36,17 @@ def class_margins(
     hard_C: float64. weight_C: float64, samples a class counts for. low <= margin <= high. No collective: the numbers
     of all classes are there, and every rank computes the same.
     """
-    t_C = direction * delta * standing(hard_C, weight_C)
-    below = torch.full_like(weight_C.sum(), low - margin - delta)  # here every margin is clipped to `low`
-    above = torch.full_like(below, high - margin + delta)
+    mean = weighted_mean(hard_C, weight_C)
+    sigma = weighted_mean((hard_C - mean).square(), weight_C).sqrt()
+    t_C = direction * delta * torch.tanh((hard_C - mean) / sigma.clamp_min(_SIGMA_FLOOR))
+    below = torch.full_like(mean, low - margin - delta)  # here every margin is clipped to `low`
+    above = torch.full_like(mean, high - margin + delta)
     for _ in range(_HALVINGS):
         b = (below + above) / 2
         too_small = mean_margin((margin + t_C + b).clamp(low, high), weight_C, suspects) < margin
         below, above = torch.where(too_small, b, below), torch.where(too_small, above, b)
     full_C = (margin + t_C + (below + above) / 2).clamp(low, high)
     return torch.where(weight_C.sum() > 0, full_C, margin)
-
-
-def standing(hard_C: Tensor, weight_C: Tensor) -> Tensor:
-    """tanh((h - mean) / max(sigma, 0.05)), float64 (C,): above 0 for classes harder than the mean.
-
-    mean and sigma are over classes, weighted by weight_C.
-    """
-    mean = weighted_mean(hard_C, weight_C)
-    sigma = weighted_mean((hard_C - mean).square(), weight_C).sqrt()
-    return torch.tanh((hard_C - mean) / sigma.clamp_min(_SIGMA_FLOOR))
-
-
-def class_weights(hard_C: Tensor, weight_C: Tensor, kappa: float) -> Tensor:
-    """What a sample of each class counts for, g_y, float64 (C,): (1 - kappa standing) over its mean over samples.
-
-    Above 0, falling with the hard level; 1 for all where levels are equal or kappa = 0. As `class_margins` otherwise.
-    """
-    g_C = 1 - kappa * standing(hard_C, weight_C)
-    return torch.where(weight_C.sum() > 0, g_C / weighted_mean(g_C, weight_C), 1.0)
 
 
 def mean_margin(margin_C: Tensor, weight_C: Tensor, suspects: float | Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from clustering.dist_kmeans import KMeansRun
 from clustering.guard import Guard
 from clustering.hardness import Cohesion, CountTable, agreement, hard_level, of_all_classes, weighted_mean
 from clustering.kappaface import kappaface_margins
-from clustering.margins import class_margins, class_weights, mean_margin, smallest_margin
+from clustering.margins import class_margins, mean_margin, smallest_margin
 from clustering.neighbours import NearestClasses
 from clustering.published import Published
 from clustering.shards import show_rows, unit_or
@@ -170,7 +170,6 @@ class Publication:
                 direction=c.direction,
             )
         self._f_C, self._n_C, self._hard_C, self._margin_C = f_C, n_C, hard_C, margin_C
-        self._g_C = class_weights(hard_C, n_C, c.level_weight).float()
         self._suspects, self._trained = suspects_C.sum(), trained
 
     def _match(self) -> None:
@@ -254,7 +253,6 @@ class Publication:
             samples_R=self._table.samples(),
             margin_R=margin_R,
             smallest=smallest_margin(self._margin_C, self._margin),
-            g_C=self._g_C,
             neighbour_Ck=neighbour_Ck,
             statistics=self._summary(bank.num_samples),
         )

@@ -22,7 +22,7 @@ from sharding import Shard
 
 _TENSORS = (
     "c_SD", "anchor_RD", "code_I", "class_K", "owner_K", "weight_K", "f_R", "hard_R", "samples_R",
-    "margin_R", "smallest", "g_C", "neighbour_Ck",
+    "margin_R", "smallest", "neighbour_Ck",
 )  # fmt: skip
 
 
@@ -53,8 +53,6 @@ class Published:
     """float64 margins at full strength."""
     smallest: Tensor
     """float64 scalar, on every rank: the smallest of all classes' margins, which suspects get."""
-    g_C: Tensor
-    """float32, on every rank: what a sample of each class counts for at full strength; mean 1 over counted samples."""
     neighbour_Ck: Tensor
     """int32, on every rank: the classes nearest to each class when this was published, -1 for none; k may be 0."""
     statistics: dict[str, float]
@@ -76,12 +74,6 @@ class Published:
         margin_N = torch.where(here_N, margin_R[row_N.clamp(0, len(margin_R) - 1)], otherwise_N)
         _, suspect_N = self.cluster_of(batch)
         return torch.where(suspect_N & here_N, smallest, margin_N)
-
-    def row_weights(self, batch: GatheredBatch, ramp: float) -> Tensor:
-        """1 + ramp (g - 1) of each row's class, float32 (N,), on every rank; 1 for an unlabelled row."""
-        g_N = torch.where(batch.labels_N >= 0, self.g_C[batch.labels_N.clamp_min(0)], 1.0)
-        weight_N: Tensor = 1 + ramp * (g_N - 1)
-        return weight_N
 
     @torch.no_grad()
     def move(self, batch: GatheredBatch, momentum: float, shard: Shard, first_class: int) -> None:

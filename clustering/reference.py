@@ -158,24 +158,16 @@ def greedy_matching(t_CK: Tensor) -> list[int]:
 
 
 def dense_contrastive(
-    x_ND: Tensor,
-    labels_N: Tensor,
-    taken_N: Tensor,
-    c_KD: Tensor,
-    owner_K: Tensor,
-    weight_K: Tensor,
-    temperature: float,
-    row_weight_N: Tensor | None = None,
+    x_ND: Tensor, labels_N: Tensor, taken_N: Tensor, c_KD: Tensor, owner_K: Tensor, weight_K: Tensor, temperature: float
 ) -> Tensor:
-    """Mean over the rows of taken_N of -g log(own / (own + other)), g = 1 if None; differentiable in x_ND."""
+    """Mean over the rows of taken_N of -log(own / (own + other)); differentiable in x_ND."""
     losses = [x_ND.sum() * 0]
-    g_N = torch.ones(len(x_ND)) if row_weight_N is None else row_weight_N
-    for x_D, y, g in zip(x_ND[taken_N], labels_N[taken_N].tolist(), g_N[taken_N].tolist(), strict=True):
+    for x_D, y in zip(x_ND[taken_N], labels_N[taken_N].tolist(), strict=True):
         terms_K = (c_KD @ x_D / temperature).exp()
         own = (weight_K * terms_K)[owner_K == y].sum()
         other = terms_K[(owner_K >= 0) & (owner_K != y)].sum()
         if own > 0:
-            losses.append(-g * (own / (own + other)).log())
+            losses.append(-(own / (own + other)).log())
     return torch.stack(losses).sum() / max(1, int(taken_N.sum()))
 
 

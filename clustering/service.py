@@ -2,8 +2,7 @@
 
     observe(batch)    after each micro-batch: bank and centres take its embeddings in
     advance(step)     after each optimizer step: a few slices of the refresh under way; publishes at its end
-    for_head, row_margins, hard_classes, contrastive, alignment, ramp     read by the losses of a step; row_labels and
-                      row_weights are what for_head has in it
+    for_head, row_margins, hard_classes, contrastive, alignment, ramp     read by the losses of a step
 
 Legend: N rows of the global batch, D embedding size, R classes of this rank, K clusters, M = N x k hard classes.
 """
@@ -32,7 +31,6 @@ from clustering.published import Published
 from clustering.refresh import Refresh
 from clustering.schedule import RefreshSchedule
 from clustering.start import read_start, start_of
-from clustering.weighting import weighted_gradient
 from configs.schema import ClusteringConfig
 from partial_fc.collectives import GatheredBatch
 from sharding import shard_of
@@ -127,29 +125,14 @@ class ClusterService:
         smallest = ramped(self._published.smallest, self.margin, self.ramp(self._done))
         return self._published.row_margins(batch, plain_N, self.margins_C, smallest, self.classes.start)
 
-    def row_labels(self, batch: GatheredBatch) -> Tensor:
-        """Labels as the margin softmax takes them, int64 (N,): with `drop_suspects`, -1 for suspects while the ramp
-        is above 0. The same on every rank. No collective, no host sync.
+    def for_head(self, batch: GatheredBatch) -> GatheredBatch:
+        """The batch as the margin softmax takes it: with `drop_suspects`, labels of suspects are -1 while the ramp is
+        above 0. The same on every rank. No collective, no host sync.
         """
         if self._published is None or not self.config.drop_suspects or self.ramp(self._done) == 0:
-            return batch.labels_N
-        return torch.where(self._published.cluster_of(batch)[1], -1, batch.labels_N)
-
-    def row_weights(self, batch: GatheredBatch) -> Tensor | None:
-        """With `level_weight`, what each row counts for, float32 (N,), the same on every rank; None: all alike.
-
-        No collective, no host sync.
-        """
-        ramp = self.ramp(self._done)
-        if self._published is None or not self.config.level_weight or ramp == 0:
-            return None
-        return self._published.row_weights(batch, ramp)
-
-    def for_head(self, batch: GatheredBatch) -> GatheredBatch:
-        """The batch as the margin softmax takes it: `row_labels`, and gradients of x_ND by `row_weights`."""
-        weight_N = self.row_weights(batch)
-        x_ND = batch.x_ND if weight_N is None else weighted_gradient(batch.x_ND, weight_N)
-        return dataclasses.replace(batch, x_ND=x_ND, labels_N=self.row_labels(batch))
+            return batch
+        labels_N = torch.where(self._published.cluster_of(batch)[1], -1, batch.labels_N)
+        return dataclasses.replace(batch, labels_N=labels_N)
 
     def hard_classes(self, batch: GatheredBatch) -> Tensor | None:
         """The `hard_negatives` nearest classes of each row's class, int64 (M,), repetitions and -1 for none among them.
@@ -169,7 +152,6 @@ class ClusterService:
             self._candidates,
             self._published.cluster_of(batch)[1],
             temperature=self.config.temperature,
-            weight_N=self.row_weights(batch),
             product_dtype=self.product_dtype,
         )
 

@@ -114,8 +114,6 @@ class ClusteringConfig:
     """Smallest class margin. (Samples that look mislabelled get the smallest that any class has.)"""
     margin_high: float = 0.65
     """Largest class margin."""
-    level_weight: float = 0.0
-    """kappa: by how much less samples of hard classes move the features than those of easy ones; 0: all alike."""
     temperature: float = 0.1
     """tau of the contrastive loss."""
     contrastive_weight: float = 0.5
@@ -145,7 +143,6 @@ class ClusteringConfig:
         require(self.direction in (-1, 0, 1), at + "direction", self.direction, "-1, 0 or 1")
         require(self.margin_delta >= 0, at + "margin_delta", self.margin_delta, "0 or more")
         require(0 <= self.noise_gap <= 2, at + "noise_gap", self.noise_gap, "0 to 2, a difference of cosines")
-        require(0 <= self.level_weight < 1, at + "level_weight", self.level_weight, "0 (all alike) to below 1")
         require(
             0 <= self.margin_low <= self.margin_high < 1.5,
             at + "margin_low, margin_high",

@@ -29,7 +29,6 @@ _OFF: dict[str, Any] = {
     "noise_gap": 0.0,
     "drop_suspects": False,
     "bank_momentum": 0.5,
-    "level_weight": 0.0,
 }
 
 
@@ -77,7 +76,6 @@ def arms_of(margins: tuple[float, ...]) -> dict[str, Arm]:
         "harder smaller": Arm("hard classes get smaller margins; gated", margins, _clusters(**_GATE, direction=-1)),
         "larger, ungated": Arm("hard classes get larger margins; no gate", margins, _clusters(direction=1)),
         "smaller, ungated": Arm("hard classes get smaller margins; no gate", margins, _clusters(direction=-1)),
-        "weights": Arm("hard classes count for less; gated", margins, _clusters(**_GATE, level_weight=0.4)),
         "drop": Arm("suspects leave the margin softmax, nothing else", margins, _clusters(**_DROP)),
         "pull": Arm("contrastive loss alone", margins, _clusters(**_GATE, **_PULL)),
         "pull, align": Arm("contrastive and alignment losses", margins, _clusters(**_GATE, **_PULL, **_ALIGN)),

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clustering.margins import class_margins, class_weights, smallest_margin
+from clustering.margins import class_margins, smallest_margin
 from clustering.published import Published
 from clustering.refresh import Refresh
 from clustering.service import ClusterService
@@ -41,7 +41,6 @@ def _with_levels(
         samples_R=samples_R,
         margin_R=margin_R,
         smallest=smallest_margin(margin_R, service.margin),
-        g_C=class_weights(level_R, n_R, c.level_weight).float(),
     )
 
 

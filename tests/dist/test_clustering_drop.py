@@ -20,7 +20,7 @@ def _labels_of_each_step(group: dist.ProcessGroup, drop: bool) -> list[tuple[flo
     def look(step: int, batch: GatheredBatch) -> None:
         suspects_I = service.suspects()
         suspect_N = torch.zeros_like(batch.labels_N) if suspects_I is None else suspects_I[batch.sample_ids_N]
-        seen.append((service.ramp(step), batch.labels_N, service.row_labels(batch), suspect_N.bool()))
+        seen.append((service.ramp(step), batch.labels_N, service.for_head(batch).labels_N, suspect_N.bool()))
 
     train(service, NOISY, each=look)
     return seen

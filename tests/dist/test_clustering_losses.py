@@ -95,7 +95,6 @@ def _contrastive(group: dist.ProcessGroup, p: dict[str, Tensor], wanted: Case) -
             candidates,
             p["suspect"],
             temperature=wanted.get("tau", 0.1),
-            weight_N=p.get("g"),
             product_dtype=wanted.get("product_dtype", torch.float32),
         )
     finally:
@@ -108,7 +107,7 @@ def _dense_contrastive(p: dict[str, Tensor], tau: float = 0.1) -> tuple[float, T
     x_ND = p["x"].float().double().requires_grad_()  # the rows that the ranks are given
     taken_N = (p["labels"] >= 0) & ~p["suspect"]
     centres = (p["c"].float().double(), p["owner"], p["weight"])
-    loss = dense_contrastive(x_ND, p["labels"], taken_N, *centres, tau, row_weight_N=p.get("g"))
+    loss = dense_contrastive(x_ND, p["labels"], taken_N, *centres, tau)
     loss.backward()
     assert x_ND.grad is not None
     return loss.item(), x_ND.grad
@@ -133,20 +132,6 @@ def test_contrastive_of_one_row(ranks: RankPool) -> None:
     (found,) = ranks.run(1, _contrastive, p, {})
     assert found["loss"] == pytest.approx(truth, rel=1e-5, abs=0)
     assert relative(found["x"], grad_x) < 1e-5
-
-
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("name", ["odd shapes", "unlabelled and suspect rows", "classes without a cluster"])
-def test_weighted_rows_equal_dense(ranks: RankPool, name: str, world_size: int) -> None:
-    p = _problem(CASES[name])
-    p["g"] = torch.rand(len(p["x"]), generator=torch.Generator().manual_seed(9)) * 2
-    loss, grad_x = _dense_contrastive(p)
-    parts = ranks.run(world_size, _contrastive, p, {})
-    assert all(part["loss"] == pytest.approx(loss, rel=1e-5) for part in parts)
-    assert relative(torch.cat([part["x"] for part in parts]), grad_x) < 1e-5
-    (ones,) = ranks.run(1, _contrastive, {**p, "g": torch.ones(len(p["x"]))}, {})
-    (none,) = ranks.run(1, _contrastive, _problem(CASES[name]), {})
-    assert ones["loss"] == none["loss"]
 
 
 def test_gradient_follows_the_factor_of_the_loss(ranks: RankPool) -> None:

@@ -39,7 +39,7 @@ def _whole(parts: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 BITS: dict[str, tuple[Case, dict[str, Any]]] = {
     "noisy": (DRIFTING, {}),
     "noisy, bf16": (DRIFTING, {"bank_dtype": torch.bfloat16}),
-    "noisy, as shipped": (DRIFTING, {"bank_dtype": torch.bfloat16, **AS_SHIPPED, "level_weight": 0.4}),
+    "noisy, as shipped": (DRIFTING, {"bank_dtype": torch.bfloat16, **AS_SHIPPED}),
     "noisy, float32, neighbours": (DRIFTING, {"bank_dtype": torch.float32, "hard_negatives": 3}),
     "long tail, ungated": ({**CASES["long tail"], "drift": 0.1}, {"noise_gate": False, "direction": -1}),
     "classes without samples": ({**CASES["classes without samples"], "drift": 0.1}, {"margin_rule": "kappaface"}),
