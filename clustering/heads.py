@@ -6,7 +6,7 @@ subspace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,6 +31,14 @@ class PointHeads:
 
     def __getitem__(self, part: slice | Tensor) -> PointHeads:
         return PointHeads(self.head[part], self.kept_b[part])
+
+    def fill_(self, part: slice, other: PointHeads) -> None:
+        """Those of the same kind, in place."""
+        if isinstance(self.head, Codes) and isinstance(other.head, Codes):
+            self.head.code_bE[part], self.head.step_b[part] = other.head.code_bE, other.head.step_b
+        elif isinstance(self.head, Tensor) and isinstance(other.head, Tensor):
+            self.head[part] = other.head
+        self.kept_b[part] = other.kept_b
 
 
 class CentreHeads(Protocol):
@@ -65,7 +73,7 @@ class CodedHeads:
     """By codes. The subspace is random by itself: nothing is turned before it is rounded."""
 
     def __init__(self, head_sd: Tensor) -> None:
-        self._coded: CodedCentres = code_centres(head_sd, tile=_CODED_COLUMNS)
+        self._coded: CodedCentres = code_centres(head_sd, lambda head_td: head_td, tile=_CODED_COLUMNS)
 
     def unit(self, points: PointHeads) -> tuple[Tensor, Tensor]:
         assert isinstance(points.head, Codes)
@@ -77,16 +85,6 @@ class CodedHeads:
 
 
 def point_heads(head_bd: Tensor, *, codes: bool) -> PointHeads:
-    """As `CodedHeads` or `PlainHeads` take them."""
-    return PointHeads(code_points(head_bd) if codes else head_bd, head_bd.square().sum(1).clamp_max_(1))
-
-
-def joined(parts: Sequence[PointHeads]) -> PointHeads:
-    """One after the other."""
-    kept_b = torch.cat([part.kept_b for part in parts])
-    if isinstance(parts[0].head, Codes):
-        codes = [part.head for part in parts if isinstance(part.head, Codes)]
-        return PointHeads(
-            Codes(torch.cat([code.code_bE for code in codes]), torch.cat([code.step_b for code in codes])), kept_b
-        )
-    return PointHeads(torch.cat([part.head for part in parts if isinstance(part.head, Tensor)]), kept_b)
+    """As `CodedHeads` or `PlainHeads` take them; head_bd may be overwritten."""
+    kept_b = head_bd.square().sum(1).clamp_max_(1)
+    return PointHeads(code_points(head_bd) if codes else head_bd, kept_b)

@@ -21,13 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.bounds import FAR, angles_at_least, angles_at_most, best_threshold, passing_counts, thresholds
-from clustering.codes import CodedCentres, can_multiply
+from clustering.codes import CodedCentres
 from clustering.heads import CentreHeads
 from clustering.lloyd_checks import agree, problem_of_rows
-from clustering.lloyd_codes import PointCodes
+from clustering.lloyd_codes import PointCodes, can_code, codes_pay
 from clustering.lloyd_projection import Projections
 from clustering.nearest import NONE, Nearest, nearest_, row_dots, tolerance
-from clustering.nearest_codes import nearest_by_codes_
 from clustering.nearest_pairs import quieten
 from clustering.nearest_projection import Projection, Sample, find_
 from clustering.rows import UnitRows
@@ -38,8 +37,6 @@ from sharding import Shard, all_shards
 
 _LEAST = 512
 """Points of a piece, where there are as many: fewer are not worth a thread."""
-_LEAST_CODED = 128
-"""With fewer clusters, coding the points costs about as much as the comparisons."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,13 +80,13 @@ class Assigner:
         device: torch.device,
         bounds: bool,
         projection: bool,
-        codes: bool,
+        codes: bool | None,
         kernels: bool,
         dtype: torch.dtype,
         block: int,
     ) -> None:
-        """total: points of all ranks. codes: where they can be and pay. kernels: compare by Triton. dtype: of the
-        products' operands.
+        """total: points of all ranks. codes: None: where they pay. kernels: compare by Triton. dtype: of the products'
+        operands.
         """
         self._rows, self._group, self._device = rows, group, device
         self._shards = all_shards(dist.get_world_size(group), num_clusters)
@@ -98,8 +95,9 @@ class Assigner:
         self._bound_P = torch.zeros(len(rows), device=device)
         self._real_P: Tensor | None = None
         """bool: rows that are not zero; None: not looked at yet."""
-        coded = codes and device.type == "cpu" and dtype == torch.float32 and not kernels
-        self._codes = PointCodes(rows) if coded and num_clusters >= _LEAST_CODED and can_multiply() else None
+        wanted = codes_pay(rows.dim, num_clusters) if codes is None else codes
+        coded = wanted and device.type == "cpu" and dtype == torch.float32 and not kernels and can_code(rows.dim)
+        self._codes = PointCodes(rows, always=codes is True) if coded else None
         self._projections: Projections | None = None
         if projection and device.type == "cpu":
             found = Projections(
@@ -207,18 +205,15 @@ class Assigner:
                 if not len(place_s) or not len(task.point_Q):
                     continue
                 centres_sD = shown_SD if len(place_s) == shard.size else shown_SD[place_s]
-                compare = partial(
-                    self._run, state, self._comparison(centres_sD, place_s + shard.start, task.projection)
-                )
+                compare = partial(self._run, state, self._comparison(task, centres_sD, place_s + shard.start))
                 self._work += sum(each(compare, self._pieces(task.point_Q), self._device))
 
-    def _comparison(self, centres_sD: Tensor, cluster_s: Tensor, projection: Projection | None) -> _Comparison:
-        heads_s, coded = None, None
+    def _comparison(self, task: _Task, centres_sD: Tensor, cluster_s: Tensor) -> _Comparison:
+        heads_s, coded, projection = None, None, task.projection
         if projection and self._projections:
             self._projections.keep(projection.dims, self._device)
             heads_s = self._projections.of_centres(centres_sD, projection.dims)
-        elif self._codes:
-            self._codes.keep(self._device)
+        elif self._codes and self._codes.pay(len(task.point_Q), len(cluster_s)):
             coded = self._codes.of_centres(centres_sD)
         return _Comparison(
             centres_sD=centres_sD,
@@ -240,7 +235,7 @@ class Assigner:
             work += find_(part, x_bD, heads_b, c.centres_sD, c.heads_s, c.cluster_s, used)
             part.second_b.clamp_min_(used.cosine)
         elif c.coded and self._codes:
-            nearest_by_codes_(part, x_bD, self._codes.of_points(part_b, x_bD), c.centres_sD, c.coded, c.cluster_s)
+            self._codes.compare_(part, part_b, x_bD, c.centres_sD, c.coded, c.cluster_s)
         else:
             nearest_(part, x_bD, c.centres_sD, c.operand_sD, c.cluster_s, kernels=self._kernels)
         for kept_P, new_b in zip(

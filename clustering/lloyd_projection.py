@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering.heads import CentreHeads, CodedHeads, PlainHeads, PointHeads, joined, point_heads
+from clustering.codes import Codes
+from clustering.heads import CentreHeads, CodedHeads, PlainHeads, PointHeads, point_heads
 from clustering.nearest_projection import Projection, Sample, choose, random_basis, subspaces
 from clustering.rows import UnitRows
 from clustering.threads import each
@@ -20,7 +21,7 @@ _LEAST_CLUSTERS = 128
 """With fewer, a projection of the points costs about as much as the comparisons."""
 _SAMPLE, _SHARE = 256, 256
 """At most so many points are looked at, at most one of so many."""
-_BLOCK = 4096
+_BLOCK = 1024
 _KEPT_BYTES = 1 << 30
 """Projections of the points take this much memory at most; where they need more, they are made when needed."""
 
@@ -62,9 +63,16 @@ class Projections:
         P = len(self._rows)
         if P * dims * (1 if self._codes else 4) > _KEPT_BYTES or dims == self._kept_dims:
             return
-        starts = range(0, P, _BLOCK)
-        made = each(lambda start: self._made(self._rows.block(start, min(start + _BLOCK, P)), dims), starts, device)
-        self._kept_P, self._kept_dims = joined(made), dims
+        self._kept_P = None  # before the next one takes its memory
+        head = Codes(torch.empty(P, dims, dtype=torch.uint8), torch.empty(P)) if self._codes else torch.empty(P, dims)
+        kept_P = PointHeads(head, torch.empty(P))
+
+        def project(start: int) -> None:
+            part = slice(start, min(start + _BLOCK, P))
+            kept_P.fill_(part, self._made(self._rows.block(part.start, part.stop), dims))
+
+        each(project, range(0, P, _BLOCK), device)
+        self._kept_P, self._kept_dims = kept_P, dims
 
     def of_points(self, point_b: Tensor, x_bD: Tensor, dims: int) -> PointHeads:
         """point_b: int64 places of the rows x_bD."""

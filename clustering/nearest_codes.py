@@ -41,10 +41,13 @@ class _Pairs:
 
 def nearest_by_codes_(
     state: Nearest, x_bD: Tensor, codes_b: Codes, centres_sD: Tensor, coded: CodedCentres, cluster_s: Tensor
-) -> None:
-    """`nearest.nearest_` on CPUs. codes_b, coded: of the same points and centres, turned by the same Rotation."""
+) -> bool:
+    """`nearest.nearest_` on CPUs. codes_b, coded: of the same points and centres, turned by the same Rotation.
+
+    False where candidates were too many, and a product in float32 was made after all.
+    """
     if not len(x_bD) or not len(centres_sD):
-        return
+        return True
     error_b = coded.errors(codes_b)
     own_b = columns_of(state.index_b, cluster_s)
     first_b, next_b = state.best_b.float(), torch.full_like(error_b, NONE)
@@ -52,21 +55,22 @@ def nearest_by_codes_(
     for top in range(0, len(x_bD), ROWS):
         rows = slice(top, top + ROWS)
         part = _candidates(codes_b[rows], coded, own_b[rows], error_b[rows], first_b[rows], next_b[rows])
-        found += [_Pairs(pairs.row_q + top, pairs.column_q, pairs.cosine_q) for pairs in part]
-        if sum(len(pairs.row_q) for pairs in part) > _CROWD * ROWS:
+        if part is None:
             nearest_(state, x_bD, centres_sD, centres_sD, cluster_s, kernels=False)
-            return
+            return False
+        found += [_Pairs(pairs.row_q + top, pairs.column_q, pairs.cosine_q) for pairs in part]
     row_q, column_q, cosine_q = (torch.cat([getattr(pairs, name) for pairs in found]) for name in _Pairs.__slots__)
     pairs = _Pairs(row_q, column_q, cosine_q)[cosine_q >= (next_b - error_b)[row_q]]
     row_q, order_q = pairs.row_q.sort(stable=True)
     column_q = pairs.column_q[order_q]
     offer_(state, x_bD, row_q, centres_sD, column_q, pair_cosines(x_bD, row_q, centres_sD, column_q), cluster_s)
+    return True
 
 
 def _candidates(
     codes_n: Codes, coded: CodedCentres, own_n: Tensor, error_n: Tensor, first_n: Tensor, next_n: Tensor
-) -> list[_Pairs]:
-    """All that may be by the first and the next of the tiles so far; incomplete where they are too many.
+) -> list[_Pairs] | None:
+    """All that may be by the first and the next of the tiles so far; None where they are too many.
 
     own_n: columns that do not count. first_n, next_n: what the nearest and the next cosine are at least; raised in
     place.
@@ -92,6 +96,6 @@ def _candidates(
         row_q, column_q = place_q // seen.shape[1], place_q % seen.shape[1]
         found.append(_Pairs(row_q, column_q + left, cosine_nt.view(-1)[place_q] * step_n[row_q]))
         pairs += len(place_q)
-        if pairs > _CROWD * ROWS:
-            break
+        if pairs > _CROWD * len(step_n):
+            return None
     return found

@@ -69,7 +69,14 @@ def exact(x_bD: Tensor, centres_sD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compare_(
-    state: Nearest, x_bD: Tensor, centres_sD: Tensor, cluster_s: Tensor, *, dtype: torch.dtype, kernels: bool
+    state: Nearest,
+    x_bD: Tensor,
+    centres_sD: Tensor,
+    cluster_s: Tensor,
+    *,
+    dtype: torch.dtype,
+    kernels: bool,
+    tile: int = 16,
 ) -> None:
     """`nearest_`, or by codes for a dtype of int8."""
     if dtype != torch.int8:
@@ -77,7 +84,7 @@ def compare_(
         return
     quieten()
     turned = Rotation(x_bD.shape[1]).turned
-    coded = code_centres(turned(centres_sD), tile=16)
+    coded = code_centres(centres_sD, turned, tile=tile)
     nearest_by_codes_(state, x_bD, code_points(turned(x_bD)), centres_sD, coded, cluster_s)
 
 

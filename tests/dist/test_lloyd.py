@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from clustering import lloyd_assign
 from clustering.lloyd import Iteration, Lloyd
 from clustering.lloyd_reference import plain_iteration
 from clustering.rows import TensorRows
@@ -36,6 +37,8 @@ class Case(NamedTuple):
     """That begin as copies of the first."""
     iterations: int = 5
     dtype: torch.dtype = torch.float32
+    codes: bool | None = None
+    """Of Lloyd; True: by codes, though it does not pay."""
 
 
 CASES = {
@@ -51,9 +54,11 @@ CASES = {
     "one point": Case(1, 1, 7),
     "one cluster": Case(123, 1, 7, groups=3),
     "fewer clusters than ranks": Case(123, 3, 7, groups=3),
-    "by codes": Case(507, 150, 33, groups=60, copies=2, same_centres=20, zero_centres=9, zero_points=5),
-    "by codes, anywhere": Case(600, 252, 70),
+    "by codes": Case(507, 150, 33, groups=60, copies=2, same_centres=20, zero_centres=9, zero_points=5, codes=True),
+    "by codes, anywhere": Case(600, 252, 70, codes=True),
+    "by codes, two tiles": Case(1500, 1100, 16, groups=300, iterations=3, codes=True),
     "projected": Case(4400, 400, 256, groups=200, iterations=3),
+    "projected, by codes": Case(4400, 400, 240, groups=200, iterations=3, codes=True),
 }
 
 
@@ -91,7 +96,7 @@ def _lloyd(group: dist.ProcessGroup, case: Case, **options: Any) -> Lloyd:
         num_clusters=case.clusters,
         group=group,
         first_row=part.start,
-        **options,
+        **{"codes": case.codes, **options},
     )
 
 
@@ -135,7 +140,7 @@ def _alone(ranks: RankPool, case: Case, **options: Any) -> list[dict[str, Any]]:
     return _joined(ranks.run(1, _run, case, options))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "projected"])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("projected")])
 def test_equals_the_plain_iteration(ranks: RankPool, name: str) -> None:
     """From the same centres each time, so that a tie that float32 centres decide otherwise does not lead elsewhere."""
     case = CASES[name]
@@ -167,6 +172,21 @@ def test_the_same_bits_on_any_number_of_ranks(ranks: RankPool, name: str, world_
     _same(_joined(ranks.run(world_size, _run, case, {})), _alone(ranks, case))
 
 
+def _run_where_one_cannot_code(group: dist.ProcessGroup, case: Case) -> list[dict[str, Any]]:
+    if dist.get_rank(group) == 0:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(lloyd_assign, "can_code", lambda dim: False)
+            return _run(group, case, {})
+    return _run(group, case, {})
+
+
+@pytest.mark.parametrize("name", ["by codes", "projected, by codes"])
+def test_ranks_that_cannot_multiply_codes_do_without(ranks: RankPool, name: str) -> None:
+    found = _joined(ranks.run(2, _run_where_one_cannot_code, CASES[name]))
+    for one, other in zip(found, _alone(ranks, CASES[name]), strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in ("index", "best", "centres"))
+
+
 def _run_on_threads(group: dist.ProcessGroup, case: Case, threads: int) -> tuple[list[dict[str, Any]], set[str], int]:
     """What `_run` gives, the threads that compared, and torch's threads afterwards."""
     before, names = torch.get_num_threads(), set()
@@ -179,7 +199,9 @@ def _run_on_threads(group: dist.ProcessGroup, case: Case, threads: int) -> tuple
     x_ND, start_KD = data(case)
     torch.set_num_threads(threads)
     try:
-        lloyd = Lloyd(Watched(x_ND), centres_SD=start_KD, num_clusters=case.clusters, group=group, block=64)
+        lloyd = Lloyd(
+            Watched(x_ND), centres_SD=start_KD, num_clusters=case.clusters, group=group, block=64, codes=case.codes
+        )
         told = [_held(lloyd, lloyd.iterate()) for _ in range(case.iterations)]
         return told, names, torch.get_num_threads()
     finally:

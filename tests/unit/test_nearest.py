@@ -145,13 +145,13 @@ def _clustered(points: int, K: int, D: int, spread: float) -> tuple[Tensor, Tens
     return F.normalize(centres_KD[torch.arange(points) % K] + noise_ND), centres_KD
 
 
-@pytest.mark.parametrize("codes", [False, True])
-def test_projection_finds_every_centre_above_its_cosine(codes: bool) -> None:
+@pytest.mark.parametrize(("dims", "codes"), [(128, False), (128, True), (136, True)])
+def test_projection_finds_every_centre_above_its_cosine(dims: int, codes: bool) -> None:
     x_ND, centres_KD = _clustered(700, 300, 256, 1.2)
     x_ND[5], x_ND[6] = centres_KD[7], F.normalize(centres_KD[7:8] + centres_KD[8:9])[0]
-    basis_DE = random_basis(256)
-    projection = Projection(dims=128, cosine=0.45, dim=256)
-    points_N, head_Kd = point_heads(x_ND @ basis_DE[:, :128], codes=codes), centres_KD @ basis_DE[:, :128]
+    basis_DE = torch.linalg.qr(unit(256, 256, seed=12)).Q
+    projection = Projection(dims=dims, cosine=0.45, dim=256)
+    points_N, head_Kd = point_heads(x_ND @ basis_DE[:, :dims], codes=codes), centres_KD @ basis_DE[:, :dims]
     heads_K = CodedHeads(head_Kd) if codes else PlainHeads(head_Kd)
     state = Nearest.unknown(700, torch.device("cpu"))
     state.index_b[5], state.best_b[5] = 7, 1.0  # its own, not compared again
