@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     args = parser.parse_args(arguments)
-    if args.jobs < 1:
-        parser.error(f"--jobs: expected at least 1, got {args.jobs}")
+    for name in ("jobs", "seeds"):
+        if (count := getattr(args, name)) < 1:
+            parser.error(f"--{name}: expected at least 1, got {count}")
     arms = list(TIERS[args.tier].arms)
     if unknown := [name for name in args.only or () if name not in arms]:
         parser.error(f"--only: expected arms of the tier of {args.tier}, {', '.join(arms)}; got {', '.join(unknown)}")
@@ -51,9 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             _say_margins(read_results(args.lines), args.tier)
         elif args.command == "run":
-            runs = plan.final_runs(
-                args.tier, args.kinds, args.cells, args.only, plan.chosen_margins(results, args.tier)
-            )
+            margins = plan.chosen_margins(results, args.tier)
+            runs = plan.final_runs(args.tier, args.kinds, args.cells, args.only, margins, args.seeds)
             execute(runs, folder=args.folder, file=args.lines, jobs=args.jobs)
         else:
             _report(results, args, arguments)
@@ -94,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(plan.PRIMARY_CELLS), metavar="CELL")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="default all of the tier")
+    parser.add_argument(
+        "--seeds", type=int, default=len(plan.SEEDS), help="run: only so many; default all, for answers"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each; default 1")
     parser.add_argument("--folder", type=Path, default=Path("runs/experiments"), help="of images and features")
     parser.add_argument(

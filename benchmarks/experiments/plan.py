@@ -70,15 +70,16 @@ def chosen_margins(results: Sequence[Result], tier: str) -> dict[tuple[str, str,
 
 
 def final_runs(
-    tier: str, kinds: Sequence[str], cells: Sequence[str], arms: Sequence[str], margins: Margins
+    tier: str, kinds: Sequence[str], cells: Sequence[str], arms: Sequence[str], margins: Margins, seeds: int
 ) -> list[Run]:
-    """Seed by seed, so that an experiment that is broken off has compared the same seeds for every arm.
+    """With the first `seeds` of SEEDS, seed by seed: an experiment that is broken off has compared the same seeds for
+    every arm.
 
     Raises KeyError where an arm has no margin yet.
     """
     return [
         Run(tier, kind, cell, arm, margins[kind, tuned_in(cell), arm], seed)
-        for seed in SEEDS
+        for seed in SEEDS[:seeds]
         for cell in cells
         for kind in kinds
         for arm in arms

@@ -277,10 +277,11 @@ def test_a_file_of_something_else_is_one_line_and_stays(
     assert file.read_bytes() == before
 
 
-def test_no_jobs_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", ["--jobs", "--seeds"])
+def test_no_jobs_and_no_seeds_are_refused(capsys: pytest.CaptureFixture[str], option: str) -> None:
     with pytest.raises(SystemExit):
-        experiments(["run", "--jobs", "0"])
-    assert "--jobs: expected at least 1, got 0" in capsys.readouterr().err
+        experiments(["run", option, "0"])
+    assert f"{option}: expected at least 1, got 0" in capsys.readouterr().err
 
 
 def test_an_arm_of_another_tier_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
