@@ -23,7 +23,7 @@ _SEED = 1000
 def _with_levels(
     service: ClusterService, published: Published, level_R: Tensor, samples_R: Tensor, suspects: int
 ) -> Published:
-    """Margins and weights as they follow from other hard levels."""
+    """Margins as they follow from other hard levels."""
     c, n_R = service.config, samples_R.double()
     margin_R = class_margins(
         level_R,
@@ -65,7 +65,7 @@ class _Placebo(ClusterService):
 
 
 class ShuffledLevels(_Placebo):
-    """Each class gets the hard level of another: margins and weights of the same kind, for no reason."""
+    """Each class gets the hard level of another: margins of the same kind, for no reason."""
 
     def _lie(self, published: Published, draw: torch.Generator) -> Published:
         order_R = torch.randperm(len(published.hard_R), generator=draw)
