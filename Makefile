@@ -47,6 +47,8 @@ bench-gpu: $(STAMP)  ## the same on GPUs, up to 29 million identities, with resu
 		--repeats 10 --warmup 3 --out $(RESULTS)/head_$(ON_GPU).md --plot $(RESULTS)/head_$(ON_GPU).png
 	@$(BIN)/python -m benchmarks.head --device cuda --batch 1024 --classes 29000000 --rates 1 --centre-dtype bf16 \
 		--out $(RESULTS)/head-29m_$(ON_GPU).md
+	@$(BIN)/python -m benchmarks.kmeans --device cuda --points 1000000 --clusters 360232 --main-only --repeats 3 \
+		--out $(RESULTS)/kmeans_$(ON_GPU).md
 	@$(BIN)/python -m benchmarks.optim --device cuda --batch 128 --classes 360232 2059906 --repeats 10 --warmup 3 \
 		--out $(RESULTS)/optim_$(ON_GPU).md
 	@[ $(GPUS) -lt 2 ] || $(BIN)/python -m benchmarks.collectives --device cuda --ranks $(GPUS) \
