@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=0, help="for arithmetic on the CPU, default all cores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result there, in Markdown; JSON beside it")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time over N K there, PNG")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time over N there, a line for each K, PNG")
     return parser
 
 
