@@ -22,13 +22,13 @@ from torch import Tensor
 
 from clustering.bounds import FAR, angles_at_least, angles_at_most, best_threshold, passing_counts, thresholds
 from clustering.codes import CodedCentres
-from clustering.heads import CentreHeads
 from clustering.lloyd_checks import agree, problem_of_rows
 from clustering.lloyd_codes import PointCodes, can_code, codes_pay
 from clustering.lloyd_projection import Projections
 from clustering.nearest import NONE, Nearest, nearest_, row_dots, tolerance
 from clustering.nearest_pairs import quieten
 from clustering.nearest_projection import Projection, Sample, find_
+from clustering.projected import ProjectedCentres
 from clustering.rows import UnitRows
 from clustering.shards import show_rows
 from clustering.threads import each, threads_of
@@ -58,7 +58,7 @@ class _Comparison:
     """The same in the dtype of the products."""
     cluster_s: Tensor
     projection: Projection | None
-    heads_s: CentreHeads | None
+    projected_s: ProjectedCentres | None
     coded: CodedCentres | None
 
 
@@ -209,10 +209,10 @@ class Assigner:
                 self._work += sum(each(compare, self._pieces(task.point_Q), self._device))
 
     def _comparison(self, task: _Task, centres_sD: Tensor, cluster_s: Tensor) -> _Comparison:
-        heads_s, coded, projection = None, None, task.projection
+        projected_s, coded, projection = None, None, task.projection
         if projection and self._projections:
             self._projections.keep(projection.dims, self._device)
-            heads_s = self._projections.of_centres(centres_sD, projection.dims)
+            projected_s = self._projections.of_centres(centres_sD, projection.dims)
         elif self._codes and self._codes.pay(len(task.point_Q), len(cluster_s)):
             coded = self._codes.of_centres(centres_sD)
         return _Comparison(
@@ -220,7 +220,7 @@ class Assigner:
             operand_sD=centres_sD.to(self._dtype),
             cluster_s=cluster_s,
             projection=projection,
-            heads_s=heads_s,
+            projected_s=projected_s,
             coded=coded,
         )
 
@@ -229,10 +229,10 @@ class Assigner:
         c, used, x_bD = comparison, comparison.projection, self._rows.pick(part_b)
         part = Nearest(best_b=state.best_b[part_b], index_b=state.index_b[part_b], second_b=state.second_b[part_b])
         work = float(len(part_b) * len(c.cluster_s))
-        if used and c.heads_s and self._projections:
-            heads_b = self._projections.of_points(part_b, x_bD, used.dims)
+        if used and c.projected_s and self._projections:
+            projected_b = self._projections.of_points(part_b, x_bD, used.dims)
             work *= used.dims / self._rows.dim
-            work += find_(part, x_bD, heads_b, c.centres_sD, c.heads_s, c.cluster_s, used)
+            work += find_(part, x_bD, projected_b, c.centres_sD, c.projected_s, c.cluster_s, used)
             part.second_b.clamp_min_(used.cosine)
         elif c.coded and self._codes:
             self._codes.compare_(part, part_b, x_bD, c.centres_sD, c.coded, c.cluster_s)

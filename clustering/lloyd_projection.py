@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.codes import Codes
-from clustering.heads import CentreHeads, CodedHeads, PlainHeads, PointHeads, point_heads
 from clustering.nearest_projection import Projection, Sample, choose, random_basis, subspaces
+from clustering.projected import CodedProjections, PlainProjections, ProjectedCentres, ProjectedPoints, project_points
 from clustering.rows import UnitRows
 from clustering.threads import each
 from partial_fc.collectives import all_reduce_
@@ -41,7 +41,7 @@ class Projections:
         row_Q = torch.arange(size) * total // max(1, size)
         self._sample_Q = row_Q[(row_Q >= first_row) & (row_Q < first_row + len(rows))] - first_row
         self._basis_DE = random_basis(rows.dim) if self.worth_a_try else torch.empty(rows.dim, 0)
-        self._kept_P: PointHeads | None = None
+        self._kept_P: ProjectedPoints | None = None
         self._kept_dims = 0
 
     def sample(self) -> Sample:
@@ -54,9 +54,9 @@ class Projections:
         table = all_reduce_(torch.cat([sample.table(), without]), self._group)
         return choose(table[:-1], self._rows.dim, self._clusters, known=known, codes=not int(table[-1]))
 
-    def of_centres(self, centres_sD: Tensor, dims: int) -> CentreHeads:
+    def of_centres(self, centres_sD: Tensor, dims: int) -> ProjectedCentres:
         head_sd = centres_sD @ self._basis_DE[:, :dims]
-        return CodedHeads(head_sd) if self._codes else PlainHeads(head_sd)
+        return CodedProjections(head_sd) if self._codes else PlainProjections(head_sd)
 
     def keep(self, dims: int, device: torch.device) -> None:
         """Project all points once, where there is memory for it; `of_points` reads it then."""
@@ -65,7 +65,7 @@ class Projections:
             return
         self._kept_P = None  # before the next one takes its memory
         head = Codes(torch.empty(P, dims, dtype=torch.uint8), torch.empty(P)) if self._codes else torch.empty(P, dims)
-        kept_P = PointHeads(head, torch.empty(P))
+        kept_P = ProjectedPoints(head, torch.empty(P))
 
         def project(start: int) -> None:
             part = slice(start, min(start + _BLOCK, P))
@@ -74,9 +74,9 @@ class Projections:
         each(project, range(0, P, _BLOCK), device)
         self._kept_P, self._kept_dims = kept_P, dims
 
-    def of_points(self, point_b: Tensor, x_bD: Tensor, dims: int) -> PointHeads:
+    def of_points(self, point_b: Tensor, x_bD: Tensor, dims: int) -> ProjectedPoints:
         """point_b: int64 places of the rows x_bD."""
         return self._kept_P[point_b] if self._kept_P and self._kept_dims == dims else self._made(x_bD, dims)
 
-    def _made(self, x_bD: Tensor, dims: int) -> PointHeads:
-        return point_heads(x_bD @ self._basis_DE[:, :dims], codes=self._codes)
+    def _made(self, x_bD: Tensor, dims: int) -> ProjectedPoints:
+        return project_points(x_bD @ self._basis_DE[:, :dims], codes=self._codes)

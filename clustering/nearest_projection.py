@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clustering.heads import CentreHeads, PointHeads
 from clustering.nearest import Nearest, columns_of
 from clustering.nearest_pairs import offer_, pair_cosines
+from clustering.projected import ProjectedCentres, ProjectedPoints
 
 _DEVIATIONS = 5.0
 _ROUNDING = 4e-6
@@ -91,22 +91,22 @@ def random_basis(dim: int, seed: int = 0) -> Tensor:
 def find_(
     state: Nearest,
     x_bD: Tensor,
-    points_b: PointHeads,
+    points_b: ProjectedPoints,
     centres_sD: Tensor,
-    heads_s: CentreHeads,
+    projected_s: ProjectedCentres,
     cluster_s: Tensor,
     projection: Projection,
 ) -> int:
     """Compare each point, in full, with those centres of a tile whose cosine to it may be T or more; not its own.
 
-    points_b, heads_s: their projections. Returns the number of pairs that were compared. CPUs only.
+    points_b, projected_s: their projections. Returns the number of pairs that were compared. CPUs only.
     """
     own_b, pairs = columns_of(state.index_b, cluster_s), 0
-    unit_b, error_b = heads_s.unit(points_b)
+    unit_b, error_b = projected_s.unit(points_b)
     limit_b1 = ((projection.limits(points_b.kept_b) - error_b) * unit_b)[:, None].numpy()
     for top in range(0, len(x_bD), _ROWS):
         rows, found = slice(top, top + _ROWS), []
-        for left, head_nt in heads_s.tiles(points_b[rows]):
+        for left, head_nt in projected_s.tiles(points_b[rows]):
             over = head_nt.numpy() > limit_b1[rows]
             place_q = torch.from_numpy(np.flatnonzero(over))  # both 0.3 ns a number; torch takes 5
             if len(place_q):

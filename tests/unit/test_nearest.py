@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clustering import nearest_projection
-from clustering.heads import CodedHeads, PlainHeads, point_heads
 from clustering.nearest import Nearest, _folded, columns_of, row_dots
 from clustering.nearest_choice import _say_once, runs_kernel, why_not
 from clustering.nearest_pairs import quieten
 from clustering.nearest_projection import Projection, Sample, choose, find_, random_basis, subspaces
+from clustering.projected import CodedProjections, PlainProjections, project_points
 from partial_fc.choice import KernelFallbackWarning
 from tests import nearest_cases
 from tests.nearest_cases import BF16, CASES, FP32, Case, unit
@@ -151,15 +151,15 @@ def test_projection_finds_every_centre_above_its_cosine(dims: int, codes: bool) 
     x_ND[5], x_ND[6] = centres_KD[7], F.normalize(centres_KD[7:8] + centres_KD[8:9])[0]
     basis_DE = torch.linalg.qr(unit(256, 256, seed=12)).Q
     projection = Projection(dims=dims, cosine=0.45, dim=256)
-    points_N, head_Kd = point_heads(x_ND @ basis_DE[:, :dims], codes=codes), centres_KD @ basis_DE[:, :dims]
-    heads_K = CodedHeads(head_Kd) if codes else PlainHeads(head_Kd)
+    points_N, head_Kd = project_points(x_ND @ basis_DE[:, :dims], codes=codes), centres_KD @ basis_DE[:, :dims]
+    projected_K = CodedProjections(head_Kd) if codes else PlainProjections(head_Kd)
     state = Nearest.unknown(700, torch.device("cpu"))
     state.index_b[5], state.best_b[5] = 7, 1.0  # its own, not compared again
     cluster_K = torch.arange(300) * 2
     cluster_K[7] = 7
     cluster_K = cluster_K.sort().values
     quieten()
-    pairs = find_(state, x_ND, points_N, centres_KD, heads_K, cluster_K, projection)
+    pairs = find_(state, x_ND, points_N, centres_KD, projected_K, cluster_K, projection)
     true_NK = x_ND.double() @ centres_KD.double().T
     best_N, column_N = true_NK.max(1)
     solved_N = best_N >= 0.45
