@@ -79,8 +79,9 @@ def _report(results: Sequence[Result], args: argparse.Namespace, arguments: Sequ
     pools = sorted({f"{result['kind']} {result['pool']}" for result in results if result["tier"] == args.tier})
     about["pools"] = ", ".join(pools)
     about["arms"] = "; ".join(f"{name}: {arm.about}" for name, arm in TIERS[args.tier].arms.items())
-    tables.write(results, args.tier, about, args.out)
-    for line in tables.answers(tables.group(results, args.tier), args.tier):
+    cells = {key: arms for key, arms in tables.group(results, args.tier).items() if key[1] in args.cells}
+    tables.write(cells, args.tier, about, args.out)
+    for line in tables.answers(cells, args.tier):
         print(line)
     print(f"written to {args.out} and {args.out.with_suffix('.png')}")
 

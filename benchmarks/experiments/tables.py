@@ -33,6 +33,9 @@ HEADER = (
     "suspects P / R",
 )
 
+_PANELS = 4
+"""Side by side in the picture."""
+
 By_arm = dict[str, dict[int, Result]]
 
 
@@ -112,7 +115,7 @@ def answers(cells: Mapping[tuple[str, str], By_arm], tier: str) -> list[str]:
         if _complete(arms, ("full", *arcface, *AGAINST)):
             others = [other for other in (best_arcface(arms), *AGAINST) if other]
             found = {other: comparison for other in others if (comparison := paired(arms, "full", other))}
-        else:
+        elif arms:
             lines.append(f"{kind}, {noisy}: not answered yet: runs are missing")
         adjusted = holm({other: comparison.p for other, comparison in found.items()})
         for other, comparison in found.items():
@@ -135,14 +138,12 @@ def _complete(arms: By_arm, names: Sequence[str]) -> bool:
     return all(set(arms.get(name, ())) == set(SEEDS) for name in names)
 
 
-def write(results: Sequence[Result], tier: str, about: Mapping[str, str], out: Path) -> None:
-    """Markdown with everything, beside it the picture."""
-    cells = group(results, tier)
+def write(cells: Mapping[tuple[str, str], By_arm], tier: str, about: Mapping[str, str], out: Path) -> None:
+    """Markdown with everything, beside it the picture. cells: as `group` gives them."""
     text = f"# Does cluster guidance help? The tier of {tier}\n\n"
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
-    text += "\n## The questions that were asked beforehand\n\n" + "".join(
-        f"- {line}\n" for line in answers(cells, tier)
-    )
+    if lines := answers(cells, tier):
+        text += "\n## The questions that were asked beforehand\n\n" + "".join(f"- {line}\n" for line in lines)
     for (kind, cell), arms in sorted(cells.items()):
         text += f"\n## {kind}, {cell}\n\n{markdown_table(HEADER, rows(arms, tier))}"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -153,8 +154,11 @@ def write(results: Sequence[Result], tier: str, about: Mapping[str, str], out: P
 def figure(cells: Mapping[tuple[str, str], By_arm], tier: str) -> Figure:
     """Differences to the best ArcFace with their intervals, a panel for each kind and cell."""
     shown = sorted(cells)
-    drawn = Figure(figsize=(4.6 * max(1, len(shown)), 5.2), layout="constrained")
-    panels = drawn.subplots(1, max(1, len(shown)), sharey=True, squeeze=False)[0]
+    across = min(_PANELS, max(1, len(shown)))
+    down = max(1, -(-len(shown) // across))
+    drawn = Figure(figsize=(4.6 * across, 5.2 * down), layout="constrained")
+    grid = drawn.subplots(down, across, sharey=True, squeeze=False)
+    panels = grid.flatten()
     names = [name for name in TIERS[tier].arms if not _is_arcface(name)]
     for panel, key in zip(panels, shown, strict=False):
         best = best_arcface(cells[key])
@@ -167,6 +171,8 @@ def figure(cells: Mapping[tuple[str, str], By_arm], tier: str) -> Figure:
         panel.set_title(", ".join(key))
         panel.set_xlabel(f"TAR@FAR=1e-3, points above {best}")
         panel.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()
+    for panel in panels[len(shown) :]:
+        panel.set_axis_off()
+    grid[0, 0].set_yticks(range(len(names)), names)
+    grid[0, 0].invert_yaxis()
     return drawn
