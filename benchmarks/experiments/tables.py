@@ -156,10 +156,12 @@ def figure(cells: Mapping[tuple[str, str], By_arm], tier: str) -> Figure:
     shown = sorted(cells)
     across = min(_PANELS, max(1, len(shown)))
     down = max(1, -(-len(shown) // across))
-    drawn = Figure(figsize=(4.6 * across, 5.2 * down), layout="constrained")
+    names = [
+        name for name in TIERS[tier].arms if not _is_arcface(name) and any(name in arms for arms in cells.values())
+    ]
+    drawn = Figure(figsize=(4.6 * across, (1.6 + 0.28 * len(names)) * down), layout="constrained")
     grid = drawn.subplots(down, across, sharey=True, squeeze=False)
     panels = grid.flatten()
-    names = [name for name in TIERS[tier].arms if not _is_arcface(name)]
     for panel, key in zip(panels, shown, strict=False):
         best = best_arcface(cells[key])
         for place, name in enumerate(names):
@@ -174,5 +176,5 @@ def figure(cells: Mapping[tuple[str, str], By_arm], tier: str) -> Figure:
     for panel in panels[len(shown) :]:
         panel.set_axis_off()
     grid[0, 0].set_yticks(range(len(names)), names)
-    grid[0, 0].invert_yaxis()
+    grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
     return drawn
