@@ -100,9 +100,9 @@ class CodedCentres:
         return _DEVIATIONS * ((codes.step_b.square() + self._largest**2) / 12).sqrt() + _ROUNDING
 
 
-def widths_allowed(dim: int) -> bool:
-    """Whether the errors are as small as they say for rows of D numbers."""
-    return dim <= _WIDEST
+def can_code(dim: int) -> bool:
+    """Whether codes of rows of D numbers can be compared here, with errors as small as they say."""
+    return dim <= _WIDEST and can_multiply()
 
 
 class Rotation:

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.bounds import FAR, angles_at_least, angles_at_most, best_threshold, passing_counts, thresholds
-from clustering.codes import CodedCentres
+from clustering.codes import CodedCentres, can_code
 from clustering.lloyd_checks import agree, problem_of_rows
-from clustering.lloyd_codes import PointCodes, can_code, codes_pay
+from clustering.lloyd_codes import PointCodes, codes_pay
 from clustering.lloyd_projection import Projections
 from clustering.nearest import NONE, Nearest, nearest_, row_dots, tolerance
 from clustering.nearest_pairs import quieten

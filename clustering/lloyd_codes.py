@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clustering.codes import CodedCentres, Codes, Rotation, can_multiply, code_centres, code_points, widths_allowed
+from clustering.codes import CodedCentres, Codes, Rotation, code_centres, code_points
 from clustering.nearest import Nearest
 from clustering.nearest_codes import COLUMNS, nearest_by_codes_
 from clustering.rows import UnitRows
@@ -21,11 +21,6 @@ and with fewer centres."""
 _POINTS, _CENTRES, _CENTRES_IF_NOT_KEPT = 1024, 128, 1024
 _PATIENCE = 8
 """So many pieces with too many candidates, a quarter of all, and no further one is tried."""
-
-
-def can_code(dim: int) -> bool:
-    """Whether codes of rows of D numbers can be compared here."""
-    return widths_allowed(dim) and can_multiply()
 
 
 def codes_pay(dim: int, clusters: int) -> bool:

@@ -130,12 +130,13 @@ def top_two(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor,
                 torch.mm(x_nD, tile_tD.T, out=cosine_nt)
             else:
                 cosine_nt.copy_(product(x_nD, tile_tD.T, dtype))
-            _hide_(cosine_nt, hidden_n - left)
+            hide_(cosine_nt, hidden_n - left)
             _merge_(cosine_nt, left, first_b[part], column_b[part], second_b[part])
     return first_b, column_b, second_b
 
 
-def _hide_(cosine_nt: Tensor, hidden_n: Tensor) -> None:
+def hide_(cosine_nt: Tensor, hidden_n: Tensor) -> None:
+    """Of each row the column that does not count, in place; a row without one names a column that the tile lacks."""
     row_q = ((hidden_n >= 0) & (hidden_n < cosine_nt.shape[1])).nonzero()[:, 0]
     cosine_nt[row_q, hidden_n[row_q]] = NONE
 
@@ -181,7 +182,7 @@ def nearest_(
     state.offer_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
     for row_n in crowded_b.nonzero()[:, 0].split(max(1, _CROWD // len(centres_sD))):
         cosine_ns = product(x_bD[row_n], operand_sD.T, operand_sD.dtype)
-        _hide_(cosine_ns, hidden_b[row_n])
+        hide_(cosine_ns, hidden_b[row_n])
         rivals_ns = cosine_ns >= enough_b[row_n, None] - margin
         if int(rivals_ns.sum()) > _RIVALS * len(row_n):
             rivals_ns = _rivals(state.best_b[row_n], x_bD[row_n], centres_sD, hidden_b[row_n])
@@ -196,7 +197,7 @@ def _rivals(best_n: Tensor, x_nD: Tensor, centres_sD: Tensor, hidden_n: Tensor) 
     Of centres that are copies of each other only the first is one: it wins their ties.
     """
     cosine_ns = x_nD.double() @ centres_sD.double().T
-    _hide_(cosine_ns, hidden_n)
+    hide_(cosine_ns, hidden_n)
     rivals_ns = cosine_ns >= (cosine_ns.amax(1).maximum(best_n) - _ROUNDING)[:, None]
     column_s = torch.arange(len(centres_sD), device=centres_sD.device)
     key_s = row_dots(centres_sD, None, centres_sD[:1], torch.zeros_like(column_s))  # equal for copies

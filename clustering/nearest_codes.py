@@ -9,15 +9,13 @@ and a centre.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from clustering.codes import CodedCentres, Codes
-from clustering.nearest import NONE, Nearest, columns_of, nearest_
-from clustering.nearest_pairs import offer_, pair_cosines
+from clustering.nearest import NONE, Nearest, columns_of, hide_, nearest_
+from clustering.nearest_pairs import offer_, pair_cosines, pairs_where
 
 ROWS, COLUMNS = 1024, 1024
 """Of a tile: 4 MB of float32, for each thread."""
@@ -27,16 +25,8 @@ _LEAST = torch.finfo(torch.float32).min
 """Below what can be a cosine over a step, above what does not count."""
 
 
-@dataclass(slots=True)
-class _Pairs:
-    """That may be a point's nearest or next; of each the row, the column, and the cosine by codes."""
-
-    row_q: Tensor
-    column_q: Tensor
-    cosine_q: Tensor
-
-    def __getitem__(self, chosen_q: Tensor) -> _Pairs:
-        return _Pairs(self.row_q[chosen_q], self.column_q[chosen_q], self.cosine_q[chosen_q])
+Pairs = tuple[Tensor, Tensor, Tensor]
+"""That may be a point's nearest or next: rows, columns, and cosines by codes."""
 
 
 def nearest_by_codes_(
@@ -51,25 +41,25 @@ def nearest_by_codes_(
     error_b = coded.errors(codes_b)
     own_b = columns_of(state.index_b, cluster_s)
     first_b, next_b = state.best_b.float(), torch.full_like(error_b, NONE)
-    found: list[_Pairs] = []
+    found: list[Pairs] = []
     for top in range(0, len(x_bD), ROWS):
         rows = slice(top, top + ROWS)
         part = _candidates(codes_b[rows], coded, own_b[rows], error_b[rows], first_b[rows], next_b[rows])
         if part is None:
             nearest_(state, x_bD, centres_sD, centres_sD, cluster_s, kernels=False)
             return False
-        found += [_Pairs(pairs.row_q + top, pairs.column_q, pairs.cosine_q) for pairs in part]
-    row_q, column_q, cosine_q = (torch.cat([getattr(pairs, name) for pairs in found]) for name in _Pairs.__slots__)
-    pairs = _Pairs(row_q, column_q, cosine_q)[cosine_q >= (next_b - error_b)[row_q]]
-    row_q, order_q = pairs.row_q.sort(stable=True)
-    column_q = pairs.column_q[order_q]
+        found += [(row_q + top, column_q, cosine_q) for row_q, column_q, cosine_q in part]
+    row_q, column_q, cosine_q = (torch.cat(parts) for parts in zip(*found, strict=True))
+    may_q = cosine_q >= (next_b - error_b)[row_q]
+    row_q, order_q = row_q[may_q].sort(stable=True)
+    column_q = column_q[may_q][order_q]
     offer_(state, x_bD, row_q, centres_sD, column_q, pair_cosines(x_bD, row_q, centres_sD, column_q), cluster_s)
     return True
 
 
 def _candidates(
     codes_n: Codes, coded: CodedCentres, own_n: Tensor, error_n: Tensor, first_n: Tensor, next_n: Tensor
-) -> list[_Pairs] | None:
+) -> list[Pairs] | None:
     """All that may be by the first and the next of the tiles so far; None where they are too many.
 
     own_n: columns that do not count. first_n, next_n: what the nearest and the next cosine are at least; raised in
@@ -79,10 +69,8 @@ def _candidates(
     line_n = np.arange(len(step_n))
     found, pairs = [], 0
     for left, cosine_nt in coded.products(codes_n):
+        hide_(cosine_nt, own_n - left)
         seen = cosine_nt.numpy()  # numpy looks through it in 0.1 to 0.3 ns a number, torch takes up to 5
-        place_n = own_n.numpy() - left
-        here_q = np.flatnonzero((place_n >= 0) & (place_n < seen.shape[1]))
-        seen[here_q, place_n[here_q]] = NONE
         place_n = seen.argmax(axis=1)
         most_n = seen[line_n, place_n]
         seen[line_n, place_n] = NONE
@@ -91,11 +79,9 @@ def _candidates(
         torch.maximum(next_n, least_n.maximum(first_n.minimum(more_n)), out=next_n)
         torch.maximum(first_n, more_n, out=first_n)
         limit_n = ((next_n - error_n) / step_n).clamp_min_(_LEAST)
-        over = seen >= limit_n[:, None].numpy()
-        place_q = torch.from_numpy(np.flatnonzero(over))
-        row_q, column_q = place_q // seen.shape[1], place_q % seen.shape[1]
-        found.append(_Pairs(row_q, column_q + left, cosine_nt.view(-1)[place_q] * step_n[row_q]))
-        pairs += len(place_q)
+        row_q, column_q = pairs_where(seen >= limit_n[:, None].numpy())
+        found.append((row_q, column_q + left, cosine_nt[row_q, column_q] * step_n[row_q]))
+        pairs += len(row_q)
         if pairs > _CROWD * len(step_n):
             return None
     return found

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -20,6 +22,12 @@ def quieten() -> None:
         pair_cosines(
             torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
         )
+
+
+def pairs_where(over: npt.NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of what is true, rising, int64 (q,) both. numpy takes 0.3 ns a number, torch 5."""
+    place_q = torch.from_numpy(np.flatnonzero(over))
+    return place_q // over.shape[1], place_q % over.shape[1]
 
 
 def pair_cosines(x_nD: Tensor, row_q: Tensor, centres_tD: Tensor, column_q: Tensor) -> Tensor:

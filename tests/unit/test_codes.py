@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clustering import lloyd_codes, nearest_codes
-from clustering.codes import Codes, Rotation, can_multiply, code_centres, code_points
-from clustering.lloyd_codes import PointCodes, can_code, codes_pay
+from clustering.codes import Codes, Rotation, can_code, can_multiply, code_centres, code_points
+from clustering.lloyd_codes import PointCodes, codes_pay
 from clustering.nearest import Nearest
 from clustering.rows import TensorRows, UnitRows
 from tests import nearest_cases
