@@ -80,6 +80,11 @@ def _report(results: Sequence[Result], args: argparse.Namespace, arguments: Sequ
     about["pools"] = ", ".join(pools)
     about["arms"] = "; ".join(f"{name}: {arm.about}" for name, arm in TIERS[args.tier].arms.items())
     cells = {key: arms for key, arms in tables.group(results, args.tier).items() if key[1] in args.cells}
+    if not cells:
+        raise LinesError(
+            f"{args.lines}: expected runs on {args.tier} in {', '.join(args.cells)}, got none: "
+            f"`python -m {_MODULE} run` makes them; {args.out} stays as it is"
+        )
     tables.write(cells, args.tier, about, args.out)
     for line in tables.answers(cells, args.tier):
         print(line)

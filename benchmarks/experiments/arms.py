@@ -66,6 +66,11 @@ _ALIGN: dict[str, Any] = {"alignment_weight": 0.1}
 _FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
 
 
+def is_arcface(name: str) -> bool:
+    """Whether the arm of that name is plain ArcFace."""
+    return name.startswith("arcface")
+
+
 def arms_of(margins: tuple[float, ...]) -> dict[str, Arm]:
     """All of them, with these margins to try."""
     return {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.arms import AGAINST
+from benchmarks.experiments.arms import AGAINST, is_arcface
 from benchmarks.experiments.plan import (
     PRIMARY_CELLS,
     SEEDS,
@@ -62,22 +62,18 @@ def paired(arms: By_arm, name: str, other: str, far: int = 0) -> Comparison | No
 
 def best_arcface(arms: By_arm) -> str | None:
     """By the mean of the very runs: the most that can be said for it."""
-    return max(filter(_is_arcface, sorted(arms)), key=lambda name: _mean(arms[name], 0), default=None)
+    return max(filter(is_arcface, sorted(arms)), key=lambda name: _mean(arms[name], 0), default=None)
 
 
 def _mean(seeds: Mapping[int, Result], far: int) -> float:
     return float(np.mean([result["test"][far] for result in seeds.values()]))
 
 
-def _is_arcface(name: str) -> bool:
-    return name.startswith("arcface")
-
-
 def rows(arms: By_arm, tier: str) -> list[tuple[str, ...]]:
     """Texts as HEADER names them, arms in their order."""
     best = best_arcface(arms)
     against = {name: paired(arms, name, best) for name in TIERS[tier].arms if best and name in arms and name != best}
-    p_values = holm({name: found.p for name, found in against.items() if found and not _is_arcface(name)})
+    p_values = holm({name: found.p for name, found in against.items() if found and not is_arcface(name)})
     return [
         (
             str(len(seeds)),
@@ -154,11 +150,9 @@ def write(cells: Mapping[tuple[str, str], By_arm], tier: str, about: Mapping[str
 def figure(cells: Mapping[tuple[str, str], By_arm], tier: str) -> Figure:
     """Differences to the best ArcFace with their intervals, a panel for each kind and cell."""
     shown = sorted(cells)
-    across = min(_PANELS, max(1, len(shown)))
-    down = max(1, -(-len(shown) // across))
-    names = [
-        name for name in TIERS[tier].arms if not _is_arcface(name) and any(name in arms for arms in cells.values())
-    ]
+    across = min(_PANELS, len(shown))
+    down = -(-len(shown) // across)
+    names = [name for name in TIERS[tier].arms if not is_arcface(name) and any(name in arms for arms in cells.values())]
     drawn = Figure(figsize=(4.6 * across, (1.6 + 0.28 * len(names)) * down), layout="constrained")
     grid = drawn.subplots(down, across, sharey=True, squeeze=False)
     panels = grid.flatten()

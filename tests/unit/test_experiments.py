@@ -284,6 +284,18 @@ def test_no_jobs_and_no_seeds_are_refused(capsys: pytest.CaptureFixture[str], op
     assert f"{option}: expected at least 1, got 0" in capsys.readouterr().err
 
 
+def test_a_report_of_nothing_is_one_line_and_the_old_one_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.md"
+    out.write_text("of before")
+    assert experiments(["report", "--lines", str(tmp_path / "none.jsonl"), "--cells", "tail", "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "none.jsonl: expected runs on features in tail, got none" in said
+    assert said.count("\n") == 1
+    assert out.read_text() == "of before"
+
+
 def test_an_arm_of_another_tier_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         experiments(["run", "--tier", "images", "--only", "full", "arcface 0.7"])
