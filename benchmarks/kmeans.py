@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kmeans_arms import DATA, FAISS, OURS, Outcome, arms, objective
+from benchmarks.kmeans_arms import DATA, FAISS, FLASH, OURS, Outcome, arms, objective
 from benchmarks.kmeans_plot import save_scaling_plot
 from benchmarks.report import digits, facts, publish, spread
 from benchmarks.roofline import gemm_peak
@@ -92,7 +92,7 @@ def measure(data: str, points: int, clusters: int, peak: float, args: argparse.N
     start_KD = x_ND[torch.randperm(points, generator=generator)[:clusters]]
     x_ND, start_KD = x_ND.to(ranks.device), start_KD.to(ranks.device)
     ways, _ = arms(ranks.group, ranks.device)
-    ways = {name: run for name, run in ways.items() if name in (OURS, FAISS) or not args.main_only}
+    ways = {name: run for name, run in ways.items() if name in (OURS, FAISS, FLASH) or not args.main_only}
     for run in ways.values():  # threads, buffers and kernels are made
         run(x_ND[:2048], start_KD[:64], 1)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in ways}
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA), help="default both")
     parser.add_argument("--repeats", type=int, default=1, help="turns, default 1")
-    parser.add_argument("--main-only", action="store_true", help=f"run {OURS} and {FAISS} alone")
+    parser.add_argument("--main-only", action="store_true", help=f"run {OURS} and rivals alone")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto", help="cuda: ours in bf16")
     parser.add_argument("--threads", type=int, default=0, help="for arithmetic on the CPU, default all cores")
     parser.add_argument("--seed", type=int, default=0)

@@ -20,7 +20,7 @@ from clustering.nearest import Nearest, nearest_
 from clustering.nearest_choice import runs_kernel
 from clustering.rows import TensorRows
 
-FAISS, OURS = "faiss", "ours"
+FAISS, OURS, FLASH = "faiss", "ours", "flash-kmeans"
 _BLOCK = {"cpu": 1024, "cuda": 8192}
 
 
@@ -50,6 +50,11 @@ def arms(group: dist.ProcessGroup, device: torch.device) -> tuple[dict[str, Run]
     left_out: dict[str, str] = {}
     if device.type == "cpu":
         found["ours, without codes"] = lambda *problem: _ours(*problem, group=group, codes=False)
+    if device.type == "cuda":
+        if importlib.util.find_spec("flash_kmeans") is None:
+            left_out[FLASH] = "flash-kmeans is not installed"
+        else:
+            found[FLASH] = _flash
     if importlib.util.find_spec("faiss") is None:
         left_out |= dict.fromkeys((FAISS, "faiss super"), "faiss is not installed")
     elif device.type == "cpu":
@@ -145,14 +150,31 @@ def _faiss(x_ND: Tensor, start_KD: Tensor, iterations: int, *, gpu: bool, use_su
     return outcome
 
 
+def _flash(x_ND: Tensor, start_KD: Tensor, iterations: int) -> Outcome:
+    """The package flash-kmeans on bfloat16 rows; its centres are bfloat16 as well."""
+    from flash_kmeans.kmeans_triton_impl import batch_kmeans_Cosine  # noqa: PLC0415
+
+    def work() -> Tensor:
+        _, centres_1KD, made = batch_kmeans_Cosine(
+            x_ND.bfloat16()[None], len(start_KD), max_iters=iterations, init_centroids=start_KD.bfloat16()[None]
+        )
+        if made != iterations:
+            raise RuntimeError(f"flash-kmeans made {made} iterations, expected {iterations}")
+        centres_KD: Tensor = centres_1KD[0].float()
+        return centres_KD
+
+    return _timed(work, x_ND.device)
+
+
 def objective(x_ND: Tensor, centres_KD: Tensor) -> float:
     """Mean cosine of the points to the nearest of the centres, each dot product in float64."""
     centres_KD = F.normalize(centres_KD.double()).float()
+    operand_KD = centres_KD.bfloat16() if x_ND.is_cuda else centres_KD  # they find candidates
     cluster_K = torch.arange(len(centres_KD), device=x_ND.device)
     kernels, total = runs_kernel("auto", centres_KD), 0.0
     for x_bD in x_ND.split(_BLOCK[x_ND.device.type]):
         state = Nearest.unknown(len(x_bD), x_ND.device)
-        nearest_(state, x_bD, centres_KD, centres_KD, cluster_K, kernels=kernels)
+        nearest_(state, x_bD, centres_KD, operand_KD, cluster_K, kernels=kernels)
         total += float(state.best_b.sum())
     return total / len(x_ND)
 

@@ -11,6 +11,8 @@ Legend: b points, n of one block; s centres, c of one tile; D embedding size, k 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
+from clustering.nearest_choice import say_once
 from partial_fc.kernel_terms import interpreted
+
+Find = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,3 +147,50 @@ def top_two(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor,
         return _run(x_bD, operand_sD, hidden_b, _fastest(x_bD, operand_sD))
     with torch.cuda.device(x_bD.device):  # Triton launches on the current GPU, which need not be the tensors'
         return _run(x_bD, operand_sD, hidden_b, _fastest(x_bD, operand_sD))
+
+
+def candidates(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Who may be nearest: cosines (b, L), -inf for none, columns (b, L), int64, and the largest of all others, (b,).
+
+    Arguments as for `top_two`. The largest cosine is among the L; they are in no order. By
+    `clustering.kernel_nearest_hopper` where that runs.
+    """
+    if operand_sD.is_cuda and not interpreted():
+        with torch.cuda.device(operand_sD.device):
+            winners = _hopper(operand_sD.device, operand_sD.dtype, operand_sD.shape[1])
+            if winners is not None:
+                return winners(x_bD, operand_sD, hidden_b)
+    first_b, column_b, second_b = top_two(x_bD, operand_sD, hidden_b)
+    return first_b[:, None], column_b[:, None], second_b
+
+
+@functools.cache
+def _hopper(device: torch.device, dtype: torch.dtype, dim: int) -> Find | None:
+    """The kernel for Hopper GPUs, if it is made for such centres and finds in a trial what a product in torch does."""
+    if dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    generator = torch.Generator(device).manual_seed(0)
+    points, centres = 200, 700
+    rows = torch.randn(points + centres, dim, device=device, generator=generator)
+    x_bD, operand_sD = torch.nn.functional.normalize(rows).to(dtype).split([points, centres])
+    hidden_b = torch.arange(points, device=device) - 1
+    try:
+        from clustering.kernel_nearest_hopper import fits, winners  # noqa: PLC0415  needs a Triton that has Gluon
+
+        if not fits(operand_sD):
+            return None
+        cosine_bL, column_bL, _ = winners(x_bD, operand_sD, hidden_b)
+        place_b1 = cosine_bL.argmax(1, keepdim=True)
+        first_b, column_b = cosine_bL.gather(1, place_b1)[:, 0], column_bL.gather(1, place_b1)[:, 0]
+    except Exception as error:
+        say_once(
+            f"the kernel for Hopper GPUs cannot run ({type(error).__name__}: {error}); the general one runs instead"
+        )
+        return None
+    true_bs = (x_bD.float() @ operand_sD.float().T).scatter(1, hidden_b.clamp_min(0)[:, None], float("-inf"))
+    true_bs[0, 0] = x_bD[0].float() @ operand_sD[0].float()
+    near = (first_b - true_bs.amax(1)).abs().max() < 1e-3
+    if near and (true_bs.gather(1, column_b[:, None])[:, 0] - first_b).abs().max() < 1e-3:
+        return winners
+    say_once("the kernel for Hopper GPUs is wrong with this version of Triton; the general one runs instead")
+    return None

@@ -25,7 +25,7 @@ _DOTS_AT_ONCE = 256
 """Rows of float64 that stay in a CPU core's cache."""
 _TILE = {"cpu": (512, 512), "cuda": (8192, 8192)}
 """Points and centres of a tile: 1 MB of float32 on CPUs, for each thread; 256 MB on GPUs."""
-_CROWD = 1 << 20
+_CROWD = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Cosines at a time of points whose nearest centre is not clear."""
 _RIVALS = 64
 """So many pairs a point are compared one by one; more, as in data that has collapsed, are thinned out first."""
@@ -168,19 +168,22 @@ def nearest_(
         return
     hidden_b = columns_of(state.index_b, cluster_s)
     if kernels:
-        from clustering.kernel_nearest import top_two as find  # noqa: PLC0415  needs Triton
+        from clustering.kernel_nearest import candidates as find  # noqa: PLC0415  needs Triton
     else:
-        find = top_two
-    first_b, column_b, second_b = find(x_bD, operand_sD, hidden_b)
-    margin = tolerance(operand_sD.dtype)
+        find = _candidates
+    cosine_bL, column_bL, rest_b = find(x_bD, operand_sD, hidden_b)
+    margin, first_b = tolerance(operand_sD.dtype), cosine_bL.amax(1)
     close_b = first_b >= state.best_b - margin
     enough_b = state.best_b.maximum(first_b) - margin
-    crowded_b = close_b & (second_b >= enough_b)
-    state.second_b.copy_(state.second_b.maximum(torch.where(close_b, second_b, first_b)))
-    row_q = (close_b & ~crowded_b).nonzero()[:, 0]
-    column_q = column_b[row_q]
-    state.offer_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
-    for row_n in crowded_b.nonzero()[:, 0].split(max(1, _CROWD // len(centres_sD))):
+    crowded_b = close_b & (rest_b >= enough_b)
+    near_bL = close_b[:, None] & (cosine_bL >= enough_b[:, None])  # these are offered, now or, in a crowd, below
+    left_b = cosine_bL.masked_fill(near_bL, NONE).amax(1).maximum(rest_b)
+    state.second_b.copy_(state.second_b.maximum(left_b))
+    row_q, place_q = (near_bL & ~crowded_b[:, None]).nonzero(as_tuple=True)
+    column_q = column_bL[row_q, place_q]
+    offer_ = state.offer_ if cosine_bL.shape[1] == 1 else state.offer_pairs_
+    offer_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
+    for row_n in crowded_b.nonzero()[:, 0].split(max(1, _CROWD[x_bD.device.type] // len(centres_sD))):
         cosine_ns = product(x_bD[row_n], operand_sD.T, operand_sD.dtype)
         hide_(cosine_ns, hidden_b[row_n])
         rivals_ns = cosine_ns >= enough_b[row_n, None] - margin
@@ -206,6 +209,11 @@ def _rivals(best_n: Tensor, x_nD: Tensor, centres_sD: Tensor, hidden_n: Tensor) 
     copy_s = torch.zeros_like(column_s, dtype=torch.bool)
     copy_s[order_s[1:]] = (sorted_sD[1:] == sorted_sD[:-1]).all(1)
     return rivals_ns & ~copy_s
+
+
+def _candidates(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    first_b, column_b, second_b = top_two(x_bD, operand_sD, hidden_b)
+    return first_b[:, None], column_b[:, None], second_b
 
 
 def columns_of(cluster_b: Tensor, cluster_s: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def runs_kernel(impl: Impl, centres_SD: Tensor) -> bool:
         return False
     reason = why_not(centres_SD)
     if reason:
-        _say_once(reason)
+        say_once(f"the Triton kernel cannot run: {reason}; torch runs instead")
     return not reason
 
 
@@ -49,5 +49,6 @@ def why_not(centres_SD: Tensor) -> str:
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
-    warnings.warn(f"the Triton kernel cannot run: {reason}; torch runs instead", KernelFallbackWarning, 2)
+def say_once(text: str) -> None:
+    """A KernelFallbackWarning."""
+    warnings.warn(text, KernelFallbackWarning, 2)

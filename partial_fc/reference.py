@@ -69,7 +69,7 @@ def dense_margin_softmax(
     psi_B = target_logit(cosine_BC.gather(1, target_B1)[:, 0], margins_C[target_B1[:, 0]])
     if interclass_filter:
         cosine_BC = torch.where(cosine_BC > interclass_filter, 0, cosine_BC)
-    logits_BC = scale * cosine_BC.scatter(1, target_B1, psi_B[:, None])
+    logits_BC = scale * cosine_BC.scatter(1, target_B1, psi_B[:, None].to(cosine_BC.dtype))  # autocast's are bf16
     losses_B = logits_BC.logsumexp(1) - scale * psi_B
     return (losses_B * valid_B).sum() / valid_B.sum().clamp_min(1)
 

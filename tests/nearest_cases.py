@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clustering.codes import Rotation, code_centres, code_points
-from clustering.nearest import Nearest, nearest_, tolerance, top_two
+from clustering.nearest import NONE, Nearest, nearest_, tolerance, top_two
 from clustering.nearest_codes import nearest_by_codes_
 from clustering.nearest_pairs import quieten
 
@@ -60,6 +60,27 @@ def check_top_two(case: Case, device: str, kernel: bool) -> None:
     some_b = first_b > float("-inf")
     at_b = true_bs.gather(1, column_b[:, None])[:, 0]
     torch.testing.assert_close(at_b[some_b], expected_b2[some_b, 0], rtol=0, atol=1e-6)
+
+
+def check_candidates(case: Case, device: str) -> None:
+    """Candidates have the cosines that are said, the largest is one of them, and the others' largest is the rest's."""
+    from clustering.kernel_nearest import candidates
+
+    x_bD, centres_sD = unit(case.points, case.D, seed=1), unit(case.centres, case.D, seed=2)
+    hidden_b = (torch.arange(case.points) * 31) % (case.centres + 1) - 1
+    true_bs = x_bD.to(case.dtype).double() @ centres_sD.to(case.dtype).double().T
+    hides_b = hidden_b >= 0
+    true_bs[hides_b, hidden_b[hides_b]] = NONE
+    found = candidates(x_bD.to(device), centres_sD.to(device, case.dtype), hidden_b.to(device))
+    cosine_bL, column_bL, rest_b = (tensor.cpu() for tensor in found)
+    some_bL, slack = cosine_bL > NONE, 4e-5
+    said_bL = true_bs.gather(1, column_bL.where(some_bL, 0))
+    torch.testing.assert_close(cosine_bL[some_bL].double(), said_bL[some_bL], rtol=0, atol=slack)
+    torch.testing.assert_close(cosine_bL.amax(1).double(), true_bs.amax(1), rtol=0, atol=slack)
+    row_q, place_q = some_bL.nonzero(as_tuple=True)
+    assert len(torch.stack([row_q, column_bL[row_q, place_q]]).unique(dim=1).T) == len(row_q)
+    true_bs[row_q, column_bL[row_q, place_q]] = NONE
+    torch.testing.assert_close(rest_b.double(), true_bs.amax(1), rtol=0, atol=slack)
 
 
 def exact(x_bD: Tensor, centres_sD: Tensor) -> tuple[Tensor, Tensor]:

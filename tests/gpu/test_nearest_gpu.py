@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clustering import kernel_nearest
 from clustering.lloyd import Lloyd
 from clustering.nearest import row_dots
 from clustering.rows import TensorRows
@@ -17,12 +20,48 @@ from tests.nearest_cases import BF16, CASES, FP32, Case, unit
 from tests.ranks import RankPool
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+needs_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
 
 
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("case", [*CASES, Case(4099, 10007, 512, BF16)], ids=str)
 def test_the_two_largest_cosines(case: Case, kernel: bool) -> None:
     nearest_cases.check_top_two(case, "cuda", kernel)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *CASES,
+        Case(1, 1, 8, BF16),
+        Case(129, 257, 120, BF16),
+        Case(300, 5000, 512, BF16),
+        Case(517, 70001, 248, BF16),
+        Case(4099, 10007, 512, BF16),
+        Case(100, 3000, 640, BF16),
+    ],
+    ids=str,
+)
+def test_who_may_be_nearest(case: Case) -> None:
+    nearest_cases.check_candidates(case, "cuda")
+
+
+@needs_hopper
+@pytest.mark.parametrize("dim", [8, 120, 512])
+def test_the_kernel_for_hopper_runs(dim: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernel_nearest._hopper(torch.device("cuda", 0), BF16, dim) is not None
+
+
+def test_two_runs_have_the_same_bits() -> None:
+    x_bD, centres_sD = unit(5000, 512, seed=1).cuda(), unit(9000, 512, seed=2).cuda().to(BF16)
+    hidden_b = torch.arange(5000, device="cuda")
+    runs = [kernel_nearest.candidates(x_bD, centres_sD, hidden_b) for _ in range(3)]
+    for other in runs[1:]:
+        assert all(torch.equal(*pair) for pair in zip(runs[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clustering import nearest_projection
 from clustering.nearest import Nearest, _folded, columns_of, row_dots
-from clustering.nearest_choice import _say_once, runs_kernel, why_not
+from clustering.nearest_choice import runs_kernel, say_once, why_not
 from clustering.nearest_pairs import quieten
 from clustering.nearest_projection import Projection, Sample, choose, find_, random_basis, subspaces
 from clustering.projected import CodedProjections, PlainProjections, project_points
@@ -54,6 +54,12 @@ def test_kernel_finds_the_two_largest_cosines(interpreter: Run, case: Case) -> N
 
 
 @needs_triton
+@pytest.mark.parametrize("case", [case for case in CASES if case.centres < 1000], ids=str)
+def test_kernel_says_who_may_be_nearest(interpreter: Run, case: Case) -> None:
+    interpreter(nearest_cases.check_candidates, case, "cpu")
+
+
+@needs_triton
 def test_kernel_leads_to_the_same_decisions(interpreter: Run) -> None:
     interpreter(nearest_cases.check_ties, "cpu", True, FP32)
 
@@ -88,12 +94,61 @@ def test_kernel_compiles(compiler: Run) -> None:
     assert compiler(_compile, 80) <= 100 * 1024
 
 
+def _compile_for_hopper(dim: int) -> tuple[int, str]:
+    """Bytes of shared memory and the machine's text of the kernel for Hopper GPUs, compiled here or anywhere."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile as compile_kernel
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from clustering import kernel_nearest_hopper as hopper
+
+    kernel: Any = hopper._winners_kernel
+    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
+    constants = {
+        "STEPS": -(-dim // 64),
+        "ROWS": 64,
+        "TILE": 256,
+        "COLUMNS": 64,
+        "STAGES": hopper.stages_of(dim, 232448),
+    }
+    types = {"x_tiles": f"tensordesc<bf16[64,64],{layout}>", "centre_tiles": f"tensordesc<bf16[256,64],{layout}>"}
+    types |= {"hidden": "*i64", "column": "*i32"} | dict.fromkeys(("cosine", "rest"), "*fp32")
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    source = GluonASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    options = {"num_warps": 4, "maxnreg": hopper._REGISTERS}
+    done = compile_kernel(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return int(done.metadata.shared), str(done.asm["ptx"])
+
+
+@needs_triton
+@pytest.mark.parametrize("dim", [120, 512])
+def test_kernel_for_hopper_compiles(compiler: Run, dim: int) -> None:
+    shared, text = compiler(_compile_for_hopper, dim)
+    assert shared <= 232448
+    assert text.count("wgmma.mma_async.sync.aligned.m64n256k16") == 2 * 4 * -(-dim // 64)
+    assert "cp.async.bulk.tensor" in text
+
+
+def test_centres_are_split_so_that_few_cores_are_idle() -> None:
+    pytest.importorskip("triton.experimental.gluon")
+    from clustering.kernel_nearest_hopper import splits_of, stages_of
+
+    assert splits_of(512, 1408, 132) == 1
+    assert splits_of(132, 1408, 132) == 1
+    assert splits_of(1, 1408, 132) > 16
+    assert splits_of(1, 3, 132) == 3
+    blocks, P = 79, splits_of(79, 1408, 132)
+    assert blocks * P / (132 * -(-blocks * P // 132)) > 0.95
+    assert [stages_of(dim, 232448) for dim in (8, 512, 576)] == [6, 3, 2]
+
+
 def test_the_kernel_runs_where_it_is_asked_for_and_can() -> None:
     centres_SD = torch.ones(2, 8)
     assert not runs_kernel("auto", centres_SD)
     assert not runs_kernel("torch", centres_SD)
     assert why_not(centres_SD)
-    _say_once.cache_clear()
+    say_once.cache_clear()
     with pytest.warns(KernelFallbackWarning, match="torch runs instead"):
         assert not runs_kernel("triton", centres_SD)
     with warnings.catch_warnings():
