@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kmeans_arms import DATA, FAISS, FLASH, OURS, Outcome, arms, objective
+from benchmarks.kmeans_arms import DATA, EVERYTHING, FAISS, FLASH, OURS, Outcome, arms, objective
 from benchmarks.kmeans_plot import save_scaling_plot
 from benchmarks.report import digits, facts, publish, spread
 from benchmarks.roofline import gemm_peak
@@ -85,6 +85,11 @@ def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     )
 
 
+def main_ways(device: torch.device) -> tuple[str, ...]:
+    """Those of --main-only. On GPUs bounds spare little time: what all comparisons take is shown as well."""
+    return (OURS, FAISS, *((EVERYTHING, FLASH) if device.type == "cuda" else ()))
+
+
 def measure(data: str, points: int, clusters: int, peak: float, args: argparse.Namespace, ranks: Ranks) -> list[Row]:
     """A row for each way. peak: flops a second."""
     generator = torch.Generator().manual_seed(args.seed)
@@ -92,7 +97,7 @@ def measure(data: str, points: int, clusters: int, peak: float, args: argparse.N
     start_KD = x_ND[torch.randperm(points, generator=generator)[:clusters]]
     x_ND, start_KD = x_ND.to(ranks.device), start_KD.to(ranks.device)
     ways, _ = arms(ranks.group, ranks.device)
-    ways = {name: run for name, run in ways.items() if name in (OURS, FAISS, FLASH) or not args.main_only}
+    ways = {name: run for name, run in ways.items() if name in main_ways(ranks.device) or not args.main_only}
     for run in ways.values():  # threads, buffers and kernels are made
         run(x_ND[:2048], start_KD[:64], 1)
     outcomes: dict[str, list[Outcome]] = {name: [] for name in ways}

@@ -20,7 +20,7 @@ from clustering.nearest import Nearest, nearest_
 from clustering.nearest_choice import runs_kernel
 from clustering.rows import TensorRows
 
-FAISS, OURS, FLASH = "faiss", "ours", "flash-kmeans"
+FAISS, OURS, EVERYTHING, FLASH = "faiss", "ours", "ours, nothing left out", "flash-kmeans"
 _BLOCK = {"cpu": 1024, "cuda": 8192}
 
 
@@ -44,7 +44,7 @@ def arms(group: dist.ProcessGroup, device: torch.device) -> tuple[dict[str, Run]
     """Ways that can run here, by name, and why the others are left out."""
     found: dict[str, Run] = {
         OURS: lambda *problem: _ours(*problem, group=group),
-        "ours, nothing left out": lambda *problem: _ours(*problem, group=group, bounds=False, projection=False),
+        EVERYTHING: lambda *problem: _ours(*problem, group=group, bounds=False, projection=False),
         "torch": _plain,
     }
     left_out: dict[str, str] = {}

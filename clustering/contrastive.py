@@ -9,9 +9,10 @@ Cosines are bounded, so exp() stays below exp(1/tau) and needs no pass for a max
     d loss_i / dz = U_O / (P + O) - (U_P / P) (O / (P + O)),    U = sum of the same terms times c_k / tau
 
 is emitted by the forward pass: U_O and U_P are collected beside O and P, and nothing is left for backward.
-Two tiles (N, s) live at a time, whatever the number of clusters.
+O takes tiles (N, s), one at a time, whatever the number of clusters. P takes the few clusters of each row's class.
 
-Legend: N rows of the global batch, D embedding size, S candidate clusters of this rank, s of them in a tile.
+Legend: N rows of the global batch, D embedding size, S candidate clusters of this rank, s of them in a tile; M clusters
+that one class owns at most, m of them at a time.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class Candidates:
     """int64: the class that owns the cluster; -1: it takes no part."""
     weight_S: Tensor
     """w_k; sums to 1 over the clusters of a class, on all ranks together."""
+    order_S: Tensor
+    """int64: columns by owner."""
+    owned_S: Tensor
+    """int64: their owners, rising."""
+    most: int
+    """M."""
 
     @classmethod
     def build(cls, *, cluster_S: Tensor, c_SD: Tensor, owner_S: Tensor, weight_S: Tensor) -> Candidates:
@@ -48,7 +55,29 @@ class Candidates:
         again_S = torch.zeros_like(sorted_S, dtype=torch.bool)
         again_S[1:] = sorted_S[1:] == sorted_S[:-1]
         again_S = torch.empty_like(again_S).scatter_(0, order_S, again_S)
-        return cls(c_SD=c_SD, owner_S=torch.where(again_S, -1, owner_S), weight_S=weight_S)
+        owner_S = torch.where(again_S, -1, owner_S)
+        owned_S, order_S = owner_S.sort(stable=True)
+        counts_X = torch.unique_consecutive(owned_S[owned_S >= 0], return_counts=True)[1]
+        most = int(counts_X.max()) if len(counts_X) else 0
+        return cls(c_SD=c_SD, owner_S=owner_S, weight_S=weight_S, order_S=order_S, owned_S=owned_S, most=most)
+
+    def own(self, x_ND: Tensor, labels_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """P of each row, (N,), and U_P but for 1/tau, (N, D): over the clusters here that its class owns."""
+        own_N, u_own_ND = torch.zeros_like(x_ND[:, 0]), torch.zeros_like(x_ND)
+        first_N = torch.searchsorted(self.owned_S, labels_N)
+        step = max(1, _TILE_NUMBERS[x_ND.device.type] // max(1, x_ND.numel()))
+        for start in range(0, self.most, step):
+            place_Nm = first_N[:, None] + torch.arange(start, min(start + step, self.most), device=x_ND.device)
+            owned_Nm = (labels_N >= 0)[:, None] & (place_Nm < len(self.owned_S))
+            place_Nm = place_Nm.clamp_max(len(self.owned_S) - 1)
+            owned_Nm &= self.owned_S[place_Nm] == labels_N[:, None]
+            column_Nm = self.order_S[place_Nm]
+            c_NmD = self.c_SD[column_Nm]
+            e_Nm = torch.bmm(c_NmD, x_ND[:, :, None] / temperature)[:, :, 0].exp_() * self.weight_S[column_Nm]
+            e_Nm = torch.where(owned_Nm, e_Nm, 0)
+            own_N += e_Nm.sum(1)
+            u_own_ND += torch.bmm(e_Nm[:, None], c_NmD)[:, 0]
+        return own_N, u_own_ND
 
 
 class _StreamingContrast(torch.autograd.Function):
@@ -66,19 +95,16 @@ class _StreamingContrast(torch.autograd.Function):
         N = x_ND.shape[0]
         sums_2N = x_ND.new_zeros(2, N)
         own_N, other_N = sums_2N
-        u_own_ND, u_other_ND = torch.zeros_like(x_ND), torch.zeros_like(x_ND)
+        own_here_N, u_own_ND = candidates.own(x_ND, labels_N, temperature)
+        own_N += own_here_N
+        u_other_ND = torch.zeros_like(x_ND)
         step = max(64, _TILE_NUMBERS[x_ND.device.type] // max(N, 1))
-        tiles = (candidates.c_SD.split(step), candidates.owner_S.split(step), candidates.weight_S.split(step))
-        for c_sD, owner_s, weight_s in zip(*tiles, strict=True):
-            e_Ns = product(x_ND, c_sD.T, product_dtype).div_(temperature).exp_()
-            e_Ns.masked_fill_(owner_s < 0, 0)
-            mine_Ns = owner_s == labels_N[:, None]
-            e_own_Ns = torch.where(mine_Ns, e_Ns * weight_s, 0)
-            e_Ns.masked_fill_(mine_Ns, 0)
-            own_N += e_own_Ns.sum(1)
+        for c_sD, owner_s in zip(candidates.c_SD.split(step), candidates.owner_S.split(step), strict=True):
+            operand_sD = c_sD if product_dtype == torch.float32 else c_sD.to(product_dtype)
+            e_Ns = product(x_ND / temperature, operand_sD.T, product_dtype).exp_()
+            e_Ns.masked_fill_((owner_s < 0) | (owner_s == labels_N[:, None]), 0)
             other_N += e_Ns.sum(1)
-            u_own_ND += product(e_own_Ns, c_sD, product_dtype)
-            u_other_ND += product(e_Ns, c_sD, product_dtype)
+            u_other_ND += product(e_Ns, operand_sD, product_dtype)
         all_reduce_(sums_2N, group)
         # Logarithms of the sums, as their ratio can leave float32. A class without a cluster draws nowhere: 0.
         drawn_N = taken_N & (own_N > 0)

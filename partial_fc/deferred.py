@@ -86,7 +86,7 @@ def union_of(samples: Sequence[SampledRows], size: int) -> SampledRows:
     """The classes of several batches. No host sync: padding makes up for what is counted twice."""
     taken = torch.zeros(size + 1, dtype=torch.bool, device=samples[0].rows_S.device)  # one place more, for padding
     for sample in samples:
-        taken[sample.rows_S] = True
+        taken.index_fill_(0, sample.rows_S, True)
     draws = {sample.draw: sample.sure for sample in samples}  # micro-batches of a step draw the same classes
     most = sum(draws.values()) + sum(len(sample.rows_S) - sample.sure for sample in samples)
     rows_U = torch.nonzero_static(taken[:-1], size=min(size, most), fill_value=size)[:, 0]

@@ -80,7 +80,7 @@ def sample_rows(
     key, wanted = _lots(shard, num_classes, sample_rate, seed=seed, step=step)
     drawn = _drawn(shard, num_classes, key, wanted, positive_M.device)
     taken = torch.cat([drawn, drawn.new_zeros(1)])  # one place more, for the classes that lie elsewhere
-    taken[torch.where(positive_M >= 0, positive_M, shard.size)] = True
+    taken.index_fill_(0, torch.where(positive_M >= 0, positive_M, shard.size), True)  # "[…] = True" waits for a GPU
     # A block that another shard has part of draws an unknown number here.
     cut = [shard.start % _BLOCK, shard.stop % _BLOCK if shard.stop < num_classes else 0]
     whole = wanted[bool(cut[0]) : len(wanted) - bool(cut[1])]

@@ -120,7 +120,7 @@ def check_update(case: Case, device: str, kind: str, on_sphere: bool) -> None:
             hold(found, expected, 2e-6 if case.product_dtype == FP32 else 1e-2)
         else:
             off = (found.double() - expected).abs() / expected.abs().clamp_min(1e-3)
-            assert off.max() <= 2**-7, f"{name}: {off.max():.1e} is more than a step of bf16"
+            assert off.max() <= 1.01 * 2**-7, f"{name}: {off.max():.3e} is more than a step of bf16"
 
 
 def check_lots(device: str) -> None:
