@@ -97,6 +97,7 @@ def _step_kernel(
             square_cE = tl.div_rn(second_cE, _one_minus_power(steps_c, log_beta2)[:, None])
             step_cE = lr * tl.div_rn(mean_cE, tl.sqrt_rn(square_cE) + eps)
             new_cE = w_cE - _tangent(step_cE, w_cE, length_c) if ON_SPHERE else w_cE * (1.0 - lr * decay) - step_cE
+            tl.debug_barrier()  # several warps hold a row: all have read its steps before one of them writes
             tl.store(row_steps + row_c, steps_c, mask=real_c)
             _store(second_state + at_cE, second_cE, mask_cE, _lowbias32(random_cE ^ 0x5BD1E995) & 0xFFFF)
         if ON_SPHERE:
