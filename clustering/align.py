@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clustering.hardness import CountTable
+from clustering.step_choice import step_ops
 from partial_fc.collectives import GatheredBatch, SumOverRanks, all_reduce_
 
 
@@ -74,12 +76,23 @@ def _mutual(table: CountTable, free_Q: Tensor, class_K: Tensor, best_K: Tensor) 
     return found_K
 
 
-def _first_of_each(values_N: Tensor) -> Tensor:
-    """True at one place of every distinct value, bool (N,), without a host sync."""
-    sorted_N, order_N = values_N.sort(stable=True)
-    first_N = torch.ones_like(sorted_N, dtype=torch.bool)
-    first_N[1:] = sorted_N[1:] != sorted_N[:-1]
-    return torch.empty_like(first_N).scatter_(0, order_N, first_N)
+class _Aligned(torch.autograd.Function):
+    """This rank's part of the loss; its gradient, which the forward pass makes, is sparse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight_XD: Tensor, labels_N: Tensor, anchor_RD: Tensor, f_R: Tensor, first_class: int
+    ) -> Tensor:
+        part, row_N, gradient_ND = step_ops(weight_XD).align(labels_N, weight_XD, anchor_RD, f_R, first_class)
+        ctx.save_for_backward(row_N, gradient_ND)
+        ctx.size, ctx.dtype = weight_XD.shape, weight_XD.dtype
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        row_N, gradient_ND = ctx.saved_tensors
+        values_ND = (grad * gradient_ND).to(ctx.dtype)
+        return torch.sparse_coo_tensor(row_N[None], values_ND, ctx.size, check_invariants=False), None, None, None, None
 
 
 def alignment_loss(batch: GatheredBatch, weight_XD: Tensor, anchor_CD: Tensor, f_C: Tensor, first_class: int) -> Tensor:
@@ -93,20 +106,9 @@ def alignment_loss(batch: GatheredBatch, weight_XD: Tensor, anchor_CD: Tensor, f
     sync.
     """
     labels_N = batch.labels_N
-    distinct_N = _first_of_each(labels_N) & (labels_N >= 0)
-    classes = len(anchor_CD)
-    if not classes or not len(labels_N):
+    if not len(anchor_CD) or not len(labels_N):
         part = F.embedding(labels_N[:0], weight_XD, sparse=True).float().sum()
     else:
-        M = len(weight_XD) // classes
-        owned_N = distinct_N & (labels_N >= first_class) & (labels_N < first_class + classes)
-        # Rows that are not this rank's stand in for one that is, so that all have one; they count for nothing.
-        self_N = torch.arange(len(labels_N), device=labels_N.device)
-        known_N = labels_N[torch.where(owned_N, self_N, owned_N.int().argmax())]
-        class_N = torch.where(owned_N.any(), known_N - first_class, 0)
-        row_NM = class_N[:, None] * M + torch.arange(M, device=class_N.device)
-        w_NMD = F.normalize(F.embedding(row_NM, weight_XD, sparse=True).float(), dim=2)
-        gap_N = 1 - (w_NMD * anchor_CD[class_N][:, None]).sum(2).amax(1)
-        part = torch.where(owned_N, f_C[class_N] * gap_N, 0).sum() / distinct_N.sum().clamp_min(1)
+        part = _Aligned.apply(weight_XD, labels_N, anchor_CD, f_C, first_class)  # type: ignore[no-untyped-call]
     total: Tensor = SumOverRanks.apply(part, batch.group)  # type: ignore[no-untyped-call]
     return total

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.errors import ClusterStateError
-from clustering.shards import unit_or
+from clustering.step_choice import step_ops
+from clustering.step_plain import BankRows
 from partial_fc.collectives import GatheredBatch
 from sharding import all_shards
 
@@ -102,16 +103,8 @@ class EmbeddingBank:
 
         Rows with label -1, and rows that are not finite, are left out: their samples keep what was stored before.
         """
-        ids_N = batch.sample_ids_N
-        known_N = (batch.labels_N >= 0) & (ids_N >= 0) & (ids_N < self.num_samples) & batch.x_ND.isfinite().all(1)
-        slot_N = self._slot_of_sample[ids_N.clamp(0, self.num_samples - 1)].long()
-        slot_N = torch.where(known_N & (slot_N >= 0), slot_N, self.size)
-        x_ND = batch.x_ND
-        if self._momentum:
-            mean_ND = torch.lerp(x_ND, self._x[slot_N].to(x_ND.dtype), self._momentum)
-            x_ND = torch.where(self._seen[slot_N, None], unit_or(mean_ND, x_ND), x_ND)
-        self._x.index_copy_(0, slot_N, x_ND.to(self._x.dtype))
-        self._seen.index_fill_(0, slot_N, True)
+        rows = BankRows(x_XD=self._x, seen_X=self._seen, slot_of_sample=self._slot_of_sample)
+        step_ops(self._x).store(rows, batch.x_ND.detach(), batch.sample_ids_N, batch.labels_N, self._momentum)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"x": self._x[:-1], "seen": self._seen[:-1]}

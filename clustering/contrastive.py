@@ -11,8 +11,7 @@ Cosines are bounded, so exp() stays below exp(1/tau) and needs no pass for a max
 is emitted by the forward pass: U_O and U_P are collected beside O and P, and nothing is left for backward.
 O takes tiles (N, s), one at a time, whatever the number of clusters. P takes the few clusters of each row's class.
 
-Legend: N rows of the global batch, D embedding size, S candidate clusters of this rank, s of them in a tile; M clusters
-that one class owns at most, m of them at a time.
+Legend: N rows of the global batch, D embedding size, S candidate clusters of this rank, s of them in a tile.
 """
 
 from __future__ import annotations
@@ -24,29 +23,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clustering.step_choice import step_ops
+from clustering.step_plain import TILE_NUMBERS, Columns
 from partial_fc.collectives import GatheredBatch, all_reduce_
 from partial_fc.products import product
-
-_TILE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""Numbers of one (N, s) tile: 1 MB of float32 on a CPU core, 256 MB on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
     """Clusters of this rank that take part in the loss."""
 
-    c_SD: Tensor
-    """Unit centres. They get no gradient."""
     owner_S: Tensor
     """int64: the class that owns the cluster; -1: it takes no part."""
-    weight_S: Tensor
-    """w_k; sums to 1 over the clusters of a class, on all ranks together."""
-    order_S: Tensor
-    """int64: columns by owner."""
-    owned_S: Tensor
-    """int64: their owners, rising."""
-    most: int
-    """M."""
+    columns: Columns
+    """Unit centres get no gradient; weights sum to 1 over the clusters of a class, on all ranks together."""
 
     @classmethod
     def build(cls, *, cluster_S: Tensor, c_SD: Tensor, owner_S: Tensor, weight_S: Tensor) -> Candidates:
@@ -59,25 +49,8 @@ class Candidates:
         owned_S, order_S = owner_S.sort(stable=True)
         counts_X = torch.unique_consecutive(owned_S[owned_S >= 0], return_counts=True)[1]
         most = int(counts_X.max()) if len(counts_X) else 0
-        return cls(c_SD=c_SD, owner_S=owner_S, weight_S=weight_S, order_S=order_S, owned_S=owned_S, most=most)
-
-    def own(self, x_ND: Tensor, labels_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """P of each row, (N,), and U_P but for 1/tau, (N, D): over the clusters here that its class owns."""
-        own_N, u_own_ND = torch.zeros_like(x_ND[:, 0]), torch.zeros_like(x_ND)
-        first_N = torch.searchsorted(self.owned_S, labels_N)
-        step = max(1, _TILE_NUMBERS[x_ND.device.type] // max(1, x_ND.numel()))
-        for start in range(0, self.most, step):
-            place_Nm = first_N[:, None] + torch.arange(start, min(start + step, self.most), device=x_ND.device)
-            owned_Nm = (labels_N >= 0)[:, None] & (place_Nm < len(self.owned_S))
-            place_Nm = place_Nm.clamp_max(len(self.owned_S) - 1)
-            owned_Nm &= self.owned_S[place_Nm] == labels_N[:, None]
-            column_Nm = self.order_S[place_Nm]
-            c_NmD = self.c_SD[column_Nm]
-            e_Nm = torch.bmm(c_NmD, x_ND[:, :, None] / temperature)[:, :, 0].exp_() * self.weight_S[column_Nm]
-            e_Nm = torch.where(owned_Nm, e_Nm, 0)
-            own_N += e_Nm.sum(1)
-            u_own_ND += torch.bmm(e_Nm[:, None], c_NmD)[:, 0]
-        return own_N, u_own_ND
+        columns = Columns(c_SD=c_SD, weight_S=weight_S, owned_S=owned_S, order_S=order_S, most=most)
+        return cls(owner_S=owner_S, columns=columns)
 
 
 class _StreamingContrast(torch.autograd.Function):
@@ -95,25 +68,21 @@ class _StreamingContrast(torch.autograd.Function):
         N = x_ND.shape[0]
         sums_2N = x_ND.new_zeros(2, N)
         own_N, other_N = sums_2N
-        own_here_N, u_own_ND = candidates.own(x_ND, labels_N, temperature)
+        ops, c_SD = step_ops(x_ND), candidates.columns.c_SD
+        own_here_N, u_own_ND = ops.own(candidates.columns, x_ND, labels_N, temperature)
         own_N += own_here_N
         u_other_ND = torch.zeros_like(x_ND)
-        step = max(64, _TILE_NUMBERS[x_ND.device.type] // max(N, 1))
-        for c_sD, owner_s in zip(candidates.c_SD.split(step), candidates.owner_S.split(step), strict=True):
+        step = max(64, TILE_NUMBERS[x_ND.device.type] // max(N, 1))
+        for c_sD, owner_s in zip(c_SD.split(step), candidates.owner_S.split(step), strict=True):
             operand_sD = c_sD if product_dtype == torch.float32 else c_sD.to(product_dtype)
             e_Ns = product(x_ND / temperature, operand_sD.T, product_dtype).exp_()
             e_Ns.masked_fill_((owner_s < 0) | (owner_s == labels_N[:, None]), 0)
             other_N += e_Ns.sum(1)
             u_other_ND += product(e_Ns, operand_sD, product_dtype)
         all_reduce_(sums_2N, group)
-        # Logarithms of the sums, as their ratio can leave float32. A class without a cluster draws nowhere: 0.
-        drawn_N = taken_N & (own_N > 0)
-        odds_N = torch.where(drawn_N, other_N.log() - own_N.log(), float("-inf"))
-        share_N = drawn_N / (temperature * taken_N.sum().clamp_min(1))
-        u_other_ND.mul_((share_N / (own_N + other_N).clamp_min(torch.finfo(x_ND.dtype).tiny))[:, None])
-        pull_N = torch.where(drawn_N, share_N * odds_N.sigmoid() / own_N, 0)
-        ctx.save_for_backward(u_other_ND.sub_(u_own_ND.mul_(pull_N[:, None])))
-        return torch.nn.functional.softplus(odds_N).sum() / taken_N.sum().clamp_min(1)
+        loss, dx_ND = ops.join(own_N, other_N, taken_N, u_own_ND, u_other_ND, temperature)
+        ctx.save_for_backward(dx_ND)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from clustering.contrastive import Candidates
-from clustering.shards import unit_or
+from clustering.step_choice import step_ops
+from clustering.step_plain import Moving
 from partial_fc.collectives import GatheredBatch
 from sharding import Shard
 
@@ -65,9 +66,7 @@ class Published:
         ids_N = batch.sample_ids_N
         if self._last is not None and self._last[0] is ids_N and self._last[1] is batch.labels_N:
             return self._last[2]
-        known_N = (batch.labels_N >= 0) & (ids_N >= 0) & (ids_N < len(self.code_I))
-        code_N = torch.where(known_N, self.code_I[ids_N.clamp(0, len(self.code_I) - 1)].long(), 0)
-        found = (code_N.abs() - 1, code_N < 0)
+        found = step_ops(self.code_I).codes(self.code_I, ids_N, batch.labels_N)
         self._last = (ids_N, batch.labels_N, found)
         return found
 
@@ -89,28 +88,14 @@ class Published:
         An anchor is moved by the same arithmetic as the centre it copies, so that both stay equal. No collective,
         no host sync.
         """
-        cluster_N, suspect_N = self.cluster_of(batch)
-        cluster_N = torch.where(suspect_N | ~batch.x_ND.detach().isfinite().all(1), -1, cluster_N)
-        sorted_N, order_N = cluster_N.sort(stable=True)
-        starts_N = torch.ones_like(sorted_N, dtype=torch.bool)
-        starts_N[1:] = sorted_N[1:] != sorted_N[:-1]
-        segment_N = starts_N.cumsum(0) - 1
-        x_ND = batch.x_ND.detach()
-        mean_ND = torch.zeros_like(x_ND).index_add_(0, segment_N, x_ND[order_N])
-        count_N = torch.zeros_like(x_ND[:, 0]).index_add_(0, segment_N, torch.ones_like(x_ND[:, 0]))
-        mean_ND /= count_N.clamp_min(1)[:, None]
-        # The cluster of each segment; segments beyond the last stay -1.
-        cluster_N = torch.full_like(cluster_N, -1).scatter_(0, segment_N, sorted_N)
-        class_N = torch.where(cluster_N >= 0, self.class_K[cluster_N.clamp_min(0)], -1)
-        for rows_XD, place_N in ((self.c_SD, cluster_N - shard.start), (self.anchor_RD, class_N - first_class)):
-            if not len(rows_XD):
-                continue
-            here_N = (place_N >= 0) & (place_N < len(rows_XD)) & (cluster_N >= 0)
-            row_N = place_N.clamp(0, len(rows_XD) - 1)
-            old_ND = rows_XD[row_N]
-            new_ND = unit_or(momentum * old_ND + (1 - momentum) * mean_ND, old_ND)
-            # Added, not stored: rows that lie elsewhere add zero to some row here, in any order.
-            rows_XD.index_add_(0, row_N, torch.where(here_N[:, None], new_ND - old_ND, 0))
+        moving = Moving(
+            c_SD=self.c_SD,
+            first_cluster=shard.start,
+            anchor_RD=self.anchor_RD,
+            first_class=first_class,
+            class_K=self.class_K,
+        )
+        step_ops(self.c_SD).move(moving, batch.x_ND.detach(), *self.cluster_of(batch), momentum)
 
     def neighbours(self, batch: GatheredBatch) -> Tensor:
         """Nearest classes of each row's class, int64 (N x k,); -1 for none or an unlabelled row. No host sync."""

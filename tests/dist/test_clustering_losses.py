@@ -87,8 +87,8 @@ def _contrastive(group: dist.ProcessGroup, p: dict[str, Tensor], wanted: Case) -
         weight_S=p["weight"][part].float(),
     )
     x_BD, batch = gathered(group, p["x"], p["labels"], torch.arange(len(p["x"])))
-    usual = dict(contrastive._TILE_NUMBERS)
-    contrastive._TILE_NUMBERS["cpu"] = wanted.get("tile", usual["cpu"])
+    usual = dict(contrastive.TILE_NUMBERS)
+    contrastive.TILE_NUMBERS["cpu"] = wanted.get("tile", usual["cpu"])
     try:
         loss = contrastive_loss(
             batch,
@@ -98,7 +98,7 @@ def _contrastive(group: dist.ProcessGroup, p: dict[str, Tensor], wanted: Case) -
             product_dtype=wanted.get("product_dtype", torch.float32),
         )
     finally:
-        contrastive._TILE_NUMBERS.update(usual)
+        contrastive.TILE_NUMBERS.update(usual)
     (wanted.get("factor", 1.0) * loss).backward()
     return {"loss": loss.item(), "x": x_BD.grad, "c": c_SD.grad}
 

@@ -1,0 +1,72 @@
+"""Whether a step's rows go through Triton's kernels or plain torch, and a trial of the kernels before they are used."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clustering import step_plain
+from clustering.nearest_choice import say_once, why_not
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOps:
+    """The functions of `clustering.step_plain`, or kernels that do the same."""
+
+    store: Callable[..., None] = step_plain.store
+    codes: Callable[..., tuple[Tensor, Tensor]] = step_plain.codes
+    move: Callable[..., None] = step_plain.move
+    own: Callable[..., tuple[Tensor, Tensor]] = step_plain.own
+    join: Callable[..., tuple[Tensor, Tensor]] = step_plain.join
+    align: Callable[..., tuple[Tensor, Tensor, Tensor]] = step_plain.align
+
+
+PLAIN = StepOps()
+
+
+def kernel_ops() -> StepOps:
+    """Needs Triton."""
+    from clustering import kernel_losses, kernel_step  # noqa: PLC0415
+
+    return StepOps(
+        store=kernel_step.store,
+        codes=kernel_step.codes,
+        move=kernel_step.move,
+        own=kernel_losses.own,
+        join=kernel_losses.join,
+        align=kernel_losses.align,
+    )
+
+
+def step_ops(tensor: Tensor) -> StepOps:
+    """Kernels for tensors on a GPU where they run and pass their trial, said once where not; plain torch for others."""
+    return _of_device(tensor.device) if tensor.is_cuda else PLAIN
+
+
+@functools.cache
+def _of_device(device: torch.device) -> StepOps:
+    reason = why_not(torch.empty(0, device=device))
+    if not reason:
+        try:
+            ops = kernel_ops()
+            reason = trial(ops, device)
+        except Exception as error:  # a compiler may fail in any way, and training goes on without the kernels
+            reason = f"{type(error).__name__}: {error}"
+    if reason:
+        say_once(f"the cluster service's kernels cannot run: {reason}; torch runs instead, more slowly")
+        return PLAIN
+    return ops
+
+
+def trial(ops: StepOps, device: torch.device, *, rows: int = 70, dim: int = 40, seed: int = 0) -> str:
+    """What `ops` do otherwise than the plain functions on a small problem with all that can occur; empty: nothing."""
+    from clustering.step_trial import differences  # noqa: PLC0415  imports this module's users
+
+    found = differences(ops, PLAIN, device, rows=rows, dim=dim, seed=seed)
+    wrong: dict[str, Any] = {name: value for name, value in found.items() if not value < 1e-4}
+    return ", ".join(f"{name} is off by {value:.1e}" for name, value in wrong.items())
