@@ -153,8 +153,11 @@ class Publication:
         hard_C = hard_level(f_C, rho_C, n_C, purity_weight=c.purity_weight, shrinkage=c.shrinkage)
         if self._previous is not None:
             hard_C = torch.lerp(hard_C, former_C, c.hard_level_momentum)
+        suspects = suspects_C.sum()
+        enough = suspects >= c.drop_from * (suspects + n_C.sum())
+        self._drops = enough & (suspects > 0) if c.drop_suspects else torch.zeros_like(enough)
         # Suspects that the margin softmax sees, at the smallest margin.
-        trained = suspects_C.sum() * (not c.drop_suspects)
+        trained = torch.where(self._drops, 0, suspects)
         if c.margin_rule == "kappaface":
             dim = self._anchor_RD.shape[1]
             margin_C = kappaface_margins(rho_C, n_C, dim=dim, margin=self._margin)
@@ -170,7 +173,7 @@ class Publication:
                 direction=c.direction,
             )
         self._f_C, self._n_C, self._hard_C, self._margin_C = f_C, n_C, hard_C, margin_C
-        self._suspects, self._trained = suspects_C.sum(), trained
+        self._suspects, self._trained = suspects, trained
 
     def _match(self) -> None:
         def attempt(work: Callable[[], Tensor], nothing_K: Tensor) -> Tensor:
@@ -254,6 +257,7 @@ class Publication:
             margin_R=margin_R,
             smallest=smallest_margin(self._margin_C, self._margin),
             neighbour_Ck=neighbour_Ck,
+            drops_suspects=bool(self._drops),
             statistics=self._summary(bank.num_samples),
         )
 
@@ -264,6 +268,7 @@ class Publication:
         numbers = {
             "seen": seen / max(1, num_samples),
             "suspects": suspects / max(1, seen),
+            "drops_suspects": float(self._drops),
             "moved": int(self._moved) / max(1, seen),
             "purity": float(self._largest_K.sum()) / total,
             "empty": float((self._size_K == 0).sum()) / max(1, len(self._size_K)),

@@ -56,6 +56,8 @@ class Published:
     """float64 scalar, on every rank: the smallest of all classes' margins, which suspects get."""
     neighbour_Ck: Tensor
     """int32, on every rank: the classes nearest to each class when this was published, -1 for none; k may be 0."""
+    drops_suspects: bool
+    """Whether suspects leave the margin softmax."""
     statistics: dict[str, float]
     """Scalars for the log, over all ranks."""
     _last: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = field(default=None, init=False, repr=False)
@@ -112,9 +114,11 @@ class Published:
 
     def state_dict(self) -> dict[str, Any]:
         tensors: dict[str, Any] = {name: getattr(self, name) for name in _TENSORS}
-        return {**tensors, "version": self.version, "statistics": self.statistics}
+        numbers = {"version": self.version, "drops_suspects": self.drops_suspects, "statistics": self.statistics}
+        return {**tensors, **numbers}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Published:
         tensors = {name: state[name].to(device, copy=True) for name in _TENSORS}
-        return cls(**tensors, version=state["version"], statistics=dict(state["statistics"]))
+        numbers = {name: state[name] for name in ("version", "drops_suspects")}
+        return cls(**tensors, **numbers, statistics=dict(state["statistics"]))

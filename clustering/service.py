@@ -126,10 +126,10 @@ class ClusterService:
         return self._published.row_margins(batch, plain_N, self.margins_C, smallest, self.classes.start)
 
     def for_head(self, batch: GatheredBatch) -> GatheredBatch:
-        """The batch as the margin softmax takes it: with `drop_suspects`, labels of suspects are -1 while the ramp is
-        above 0. The same on every rank. No collective, no host sync.
+        """The batch as the margin softmax takes it: labels of suspects are -1, if the version drops them, while
+        the ramp is above 0. The same on every rank. No collective, no host sync.
         """
-        if self._published is None or not self.config.drop_suspects or self.ramp(self._done) == 0:
+        if self._published is None or not self._published.drops_suspects or self.ramp(self._done) == 0:
             return batch
         labels_N = torch.where(self._published.cluster_of(batch)[1], -1, batch.labels_N)
         return dataclasses.replace(batch, labels_N=labels_N)

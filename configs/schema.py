@@ -100,6 +100,8 @@ class ClusteringConfig:
     """Let pass those whose cosine to their cluster is not above the one to their own class by more than this."""
     drop_suspects: bool = True
     """Leave samples that look mislabelled out of the margin softmax too, once the ramp has begun."""
+    drop_from: float = 0.05
+    """But only if they are at least this share of the samples: the few that clean data has are hard, not wrong."""
     warmup_fraction: float = 0.2
     """Share of all steps trained as plain ArcFace."""
     ramp_fraction: float = 0.1
@@ -129,6 +131,7 @@ class ClusteringConfig:
         require(self.iterations >= 1, at + "iterations", self.iterations, "at least 1")
         require(self.refresh_epochs > 0, at + "refresh_epochs", self.refresh_epochs, "more than 0")
         require(0 < self.refresh_span <= 1, at + "refresh_span", self.refresh_span, "0 < span <= 1")
+        require(0 <= self.drop_from <= 1, at + "drop_from", self.drop_from, "0 to 1")
         require(self.block >= 1, at + "block", self.block, "at least 1")
         require(0 <= self.step_budget < 1, at + "step_budget", self.step_budget, "0 (no limit) to below 1")
         for name in ("bank_momentum", "centre_momentum", "hard_level_momentum"):

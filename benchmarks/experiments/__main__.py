@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say_margins(read_results(args.lines), args.tier)
         elif args.command == "run":
             margins = plan.chosen_margins(results, args.tier)
-            runs = plan.final_runs(args.tier, args.kinds, args.cells, args.only, margins, args.seeds)
+            seeds = _seeds(args)[: args.seeds]
+            runs = plan.final_runs(args.tier, args.kinds, args.cells, args.only, margins, seeds)
             execute(runs, folder=args.folder, file=args.lines, jobs=args.jobs)
         else:
             _report(results, args, arguments)
@@ -69,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _seeds(args: argparse.Namespace) -> tuple[int, ...]:
+    return plan.FRESH_SEEDS if args.fresh else plan.SEEDS
+
+
 def _say_margins(results: Sequence[Result], tier: str) -> None:
     for (kind, cell, arm), margin in plan.chosen_margins(results, tier).items():
         print(f"{kind}, {cell}: {arm} takes margin {margin:g}")
@@ -79,7 +84,7 @@ def _report(results: Sequence[Result], args: argparse.Namespace, arguments: Sequ
     pools = sorted({f"{result['kind']} {result['pool']}" for result in results if result["tier"] == args.tier})
     about["pools"] = ", ".join(pools)
     about["arms"] = "; ".join(f"{name}: {arm.about}" for name, arm in TIERS[args.tier].arms.items())
-    cells = {key: arms for key, arms in tables.group(results, args.tier).items() if key[1] in args.cells}
+    cells = {key: arms for key, arms in tables.group(results, args.tier, _seeds(args)).items() if key[1] in args.cells}
     if not cells:
         raise LinesError(
             f"{args.lines}: expected runs on {args.tier} in {', '.join(args.cells)}, got none: "
@@ -102,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", metavar="ARM", help="default all of the tier")
     parser.add_argument(
         "--seeds", type=int, default=len(plan.SEEDS), help="run: only so many; default all, for answers"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="run, report: seeds for what was changed after the answers"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each; default 1")
     parser.add_argument("--folder", type=Path, default=Path("runs/experiments"), help="of images and features")

@@ -28,6 +28,7 @@ _OFF: dict[str, Any] = {
     "noise_gate": False,
     "noise_gap": 0.0,
     "drop_suspects": False,
+    "drop_from": 0.0,
     "bank_momentum": 0.5,
 }
 
@@ -63,6 +64,8 @@ _GATE: dict[str, Any] = {"noise_gate": True, "noise_gap": 0.2}
 _DROP: dict[str, Any] = {**_GATE, "drop_suspects": True}
 _PULL: dict[str, Any] = {"contrastive_weight": 0.5}
 _ALIGN: dict[str, Any] = {"alignment_weight": 0.1}
+SURE = "full, sure"
+"""What the defaults of configs/schema.py are."""
 _FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
 
 
@@ -85,6 +88,7 @@ def arms_of(margins: tuple[float, ...]) -> dict[str, Arm]:
         "pull": Arm("contrastive loss alone", margins, _clusters(**_GATE, **_PULL)),
         "pull, align": Arm("contrastive and alignment losses", margins, _clusters(**_GATE, **_PULL, **_ALIGN)),
         "full": Arm("drop, pull, align and larger margins for hard classes", margins, _clusters(**_FULL)),
+        SURE: Arm("the same, but drops from a share of 5% on", margins, _clusters(**{**_FULL, "drop_from": 0.05})),
         "full, one margin": Arm("the same with one margin for all", margins, _clusters(**{**_FULL, "direction": 0})),
         "full, levels shuffled": Arm(
             "placebo: the hard level of another class", margins, _clusters("shuffled levels", **_FULL)

@@ -28,7 +28,7 @@ def _with_levels(
     margin_R = class_margins(
         level_R,
         n_R,
-        suspects=0 if c.drop_suspects else suspects,
+        suspects=0 if published.drops_suspects else suspects,
         margin=service.margin,
         low=c.margin_low,
         high=c.margin_high,

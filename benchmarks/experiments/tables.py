@@ -39,13 +39,13 @@ _PANELS = 4
 By_arm = dict[str, dict[int, Result]]
 
 
-def group(results: Sequence[Result], tier: str) -> dict[tuple[str, str], By_arm]:
-    """(kind, cell) to arm to seed to its result; final seeds at the chosen margin alone."""
+def group(results: Sequence[Result], tier: str, seeds: Sequence[int] = SEEDS) -> dict[tuple[str, str], By_arm]:
+    """(kind, cell) to arm to seed to its result; these seeds at the chosen margin alone."""
     cells: dict[tuple[str, str], By_arm] = {}
     margins = chosen_margins(results, tier)
     for result in results:
         chosen = margins.get((result["kind"], tuned_in(result["cell"]), result["arm"]))
-        if result["tier"] == tier and result["seed"] in SEEDS and result["margin"] == chosen:
+        if result["tier"] == tier and result["seed"] in seeds and result["margin"] == chosen:
             arms = cells.setdefault((result["kind"], result["cell"]), {})
             arms.setdefault(result["arm"], {})[result["seed"]] = result
     return cells

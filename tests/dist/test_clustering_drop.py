@@ -13,8 +13,10 @@ from tests.dist.service_cases import NOISY, STEPS, build, train, trained
 from tests.ranks import WORLD_SIZES, RankPool
 
 
-def _labels_of_each_step(group: dist.ProcessGroup, drop: bool) -> list[tuple[float, Any, Any, Any]]:
-    service = build(group, NOISY, drop_suspects=drop)
+def _labels_of_each_step(
+    group: dist.ProcessGroup, drop: bool, drop_from: float = 0.05
+) -> list[tuple[float, Any, Any, Any]]:
+    service = build(group, NOISY, drop_suspects=drop, drop_from=drop_from)
     seen = []
 
     def look(step: int, batch: GatheredBatch) -> None:
@@ -39,15 +41,16 @@ def test_suspects_lose_their_label_once_the_ramp_begins_and_not_before(ranks: Ra
         assert all(torch.equal(mine[2], first[2]) for mine, first in zip(part, parts[0], strict=True))
 
 
-def test_without_the_setting_they_keep_it(ranks: RankPool) -> None:
-    (seen,) = ranks.run(1, _labels_of_each_step, False)
+@pytest.mark.parametrize("settings", [(False,), (True, 0.9)], ids=["without the setting", "too few of them"])
+def test_without_the_setting_or_with_too_few_they_keep_it(ranks: RankPool, settings: tuple[Any, ...]) -> None:
+    (seen,) = ranks.run(1, _labels_of_each_step, *settings)
     assert any(suspect_N.any() and ramp > 0 for ramp, _, _, suspect_N in seen)
     assert all(torch.equal(labels_N, judged_N) for _, labels_N, judged_N, _ in seen)
 
 
-def _mean_margin(group: dist.ProcessGroup, drop: bool) -> tuple[float, float, int]:
+def _mean_margin(group: dist.ProcessGroup, drop: bool, drop_from: float = 0.05) -> tuple[float, float, int]:
     """Over the samples that count, over those and the suspects at the smallest; number of suspects."""
-    service = trained(group, NOISY, stop=STEPS, drop_suspects=drop)
+    service = trained(group, NOISY, stop=STEPS, drop_suspects=drop, drop_from=drop_from)
     published, suspects_I = service._published, service.suspects()
     assert published is not None
     assert suspects_I is not None
@@ -62,6 +65,7 @@ def test_the_mean_margin_is_that_of_the_rows_that_training_sees(ranks: RankPool)
     assert suspects > 0
     assert counted == pytest.approx(0.5, abs=1e-9)
     assert every < 0.5 - 1e-4
-    ((counted, every, _),) = ranks.run(1, _mean_margin, False)
-    assert every == pytest.approx(0.5, abs=1e-9)
-    assert counted > 0.5 + 1e-4
+    for settings in ((False,), (True, 0.9)):
+        ((counted, every, _),) = ranks.run(1, _mean_margin, *settings)
+        assert every == pytest.approx(0.5, abs=1e-9)
+        assert counted > 0.5 + 1e-4

@@ -121,7 +121,8 @@ def test_every_arm_may_try_as_often(tier: Tier) -> None:
 
 
 def test_seeds_of_tuning_are_not_those_that_count() -> None:
-    assert not set(plan.TUNING_SEEDS) & set(plan.SEEDS)
+    assert not set(plan.TUNING_SEEDS) & {*plan.SEEDS, *plan.FRESH_SEEDS}
+    assert not set(plan.SEEDS) & set(plan.FRESH_SEEDS)
 
 
 FEATURES = TIERS["features"]
