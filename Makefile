@@ -49,6 +49,7 @@ bench-gpu: $(STAMP)  ## the same on GPUs, up to 29 million identities, with resu
 		--out $(RESULTS)/head-29m_$(ON_GPU).md
 	@$(BIN)/python -m benchmarks.kmeans --device cuda --points 1000000 --clusters 360232 --main-only --repeats 3 \
 		--out $(RESULTS)/kmeans_$(ON_GPU).md
+	@$(BIN)/python -m benchmarks.service_step --device cuda --out $(RESULTS)/service-step_$(ON_GPU).md
 	@$(BIN)/python -m benchmarks.optim --device cuda --batch 128 --classes 360232 2059906 --repeats 10 --warmup 3 \
 		--out $(RESULTS)/optim_$(ON_GPU).md
 	@[ $(GPUS) -lt 2 ] || $(BIN)/python -m benchmarks.collectives --device cuda --ranks $(GPUS) \

@@ -29,7 +29,7 @@ setup(
     ],
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.0; platform_system == 'Linux'"],
-        "faiss-gpu": ["faiss-gpu-cu12>=1.14; platform_system == 'Linux'"],
+        "faiss-gpu": ["faiss-gpu>=1.15; platform_system == 'Linux'"],
         "dev": [
             "faiss-cpu",
             "fonttools",

@@ -102,45 +102,50 @@ class Arm:
             seed=0,
             product_dtype=product_dtype,
         ).to(ranks.device)
-        self.service = ClusterService(
-            labels=labels_N.numpy(),
-            num_classes=classes,
-            dim=D,
-            group=ranks.group,
-            device=ranks.device,
-            config=config.clustering,
-            margin=config.head.margin,
-            total_steps=steps * config.train.epochs,
-            steps_per_epoch=steps,
-            product_dtype=product_dtype,
+        self.service = (
+            None
+            if not guided
+            else ClusterService(
+                labels=labels_N.numpy(),
+                num_classes=classes,
+                dim=D,
+                group=ranks.group,
+                device=ranks.device,
+                config=config.clustering,
+                margin=config.head.margin,
+                total_steps=steps * config.train.epochs,
+                steps_per_epoch=steps,
+                product_dtype=product_dtype,
+            )
         )
         self.labels_N, self.ranks, self.steps, self.dim = labels_N, ranks, steps, D
         self.train_step = TrainStep(
             backbone=data_parallel(backbone, ranks),
             head=head,
-            service=self.service if guided else None,
+            service=self.service,
             optimizers=build_optimizers(backbone.parameters(), head.parameters(), config.optim, config.head, seed=0),
             config=config,
             device=ranks.device,
         )
 
     def prepare(self) -> int:
-        """Fill the bank, publish the first version, begin the second refresh; the step that comes next."""
-        device = self.ranks.device
+        """Fill the bank, publish the first version, begin the second refresh; the step that comes next. If guided."""
+        device, service = self.ranks.device, self.service
+        assert service is not None
         person_CD = F.normalize(torch.randn(int(self.labels_N.max()) + 1, self.dim, device=device))
         for ids_n in torch.arange(len(self.labels_N)).split(_FILLED_AT_ONCE):
             labels_n = self.labels_N[ids_n].to(device)
             noise_nD = torch.randn(len(ids_n), self.dim, device=device) * (_COSINE**-2 - 1) ** 0.5 / self.dim**0.5
             x_nD = F.normalize(person_CD[labels_n] + noise_nD)
-            self.service.observe(GatheredBatch(x_nD, labels_n, ids_n.to(device), self.ranks.group))
+            service.observe(GatheredBatch(x_nD, labels_n, ids_n.to(device), self.ranks.group))
         step = self.steps - 1
-        self.service.advance(step)
-        while self.service.version == 0:
+        service.advance(step)
+        while service.version == 0:
             step = min(step + _JUMP, 2 * self.steps - 1)
-            self.service.advance(step)
+            service.advance(step)
         if step < 2 * self.steps - 1:
             step = 2 * self.steps - 1
-            self.service.advance(step)
+            service.advance(step)
         return step + 1
 
 
@@ -150,13 +155,17 @@ def measure(config: RunConfig, args: argparse.Namespace, ranks: Ranks) -> tuple[
     steps = args.images // args.batch
     arms = {name: Arm(config, labels_N, steps, ranks, guided=name == "clusters") for name in ("plain", "clusters")}
     guided = arms["clusters"]
+    assert guided.service is not None
     first = guided.prepare()
     pixels = torch.randint(0, 256, (args.batch, *IMAGE_SIZE, 3), dtype=torch.uint8, device=ranks.device)
+    total = args.warmup + args.steps
+    ids_TB = torch.randint(0, len(labels_N), (total, args.batch))
+    # On the device before the first step: copies of memory that is not pinned would make each wait for the one before.
+    on_device = zip(labels_N[ids_TB].to(ranks.device), ids_TB.to(ranks.device), strict=True)
+    batches = [Batch(pixels.permute(0, 3, 1, 2), labels_B, ids_B) for labels_B, ids_B in on_device]
     clocks = {name: Clock(ranks.device) for name in arms}
     names = list(arms)
-    for step in range(first, first + args.warmup + args.steps):
-        ids_B = torch.randint(0, len(labels_N), (args.batch,))
-        batch = Batch(pixels.permute(0, 3, 1, 2), labels_N[ids_B].to(ranks.device), ids_B.to(ranks.device))
+    for step, batch in enumerate(batches, first):
         if step == first + args.warmup:
             for name, arm in arms.items():
                 arm.train_step.head_time.take()
@@ -210,15 +219,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(args.batch, args.steps, args.classes - 1) < 1 or args.images < max(args.classes, args.batch):
         parser.error("expected at least 2 classes, a batch and a step, and as many images as classes and as a batch")
     try:
-        config = load_config(
-            _CONFIG,
-            [
-                *("clustering.warmup_fraction=0", "clustering.ramp_fraction=0", f"train.batch_size={args.batch}"),
-                *(f"model.backbone={args.backbone}", "eval.sets=[]"),
-                *(() if args.device != "cpu" else ("train.precision=fp32",)),
-            ],
-        )
         with open_ranks(TrainConfig(device=args.device)) as ranks:
+            config = load_config(
+                _CONFIG,
+                [
+                    *("clustering.warmup_fraction=0", "clustering.ramp_fraction=0", f"train.batch_size={args.batch}"),
+                    *(f"model.backbone={args.backbone}", "eval.sets=[]"),
+                    *(() if ranks.device.type == "cuda" else ("train.precision=fp32",)),
+                ],
+            )
             about = facts(ranks.device, "benchmarks.service_step", arguments)
             seconds, about["work"] = measure(config, args, ranks)
     except (ConfigError, ValueError) as error:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clustering.hardness import CountTable
 from clustering.step_choice import step_ops
-from partial_fc.collectives import GatheredBatch, SumOverRanks, all_reduce_
+from partial_fc.collectives import GatheredBatch, SumOverRanks, all_reduce_, refuse_second_derivative
 
 
 def match_classes(
@@ -90,6 +90,7 @@ class _Aligned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         row_N, gradient_ND = ctx.saved_tensors
         values_ND = (grad * gradient_ND).to(ctx.dtype)
         return torch.sparse_coo_tensor(row_N[None], values_ND, ctx.size, check_invariants=False), None, None, None, None

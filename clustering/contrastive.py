@@ -25,7 +25,7 @@ from torch import Tensor
 
 from clustering.step_choice import step_ops
 from clustering.step_plain import TILE_NUMBERS, Columns
-from partial_fc.collectives import GatheredBatch, all_reduce_
+from partial_fc.collectives import GatheredBatch, all_reduce_, refuse_second_derivative
 from partial_fc.products import product
 
 
@@ -71,7 +71,7 @@ class _StreamingContrast(torch.autograd.Function):
         ops, c_SD = step_ops(x_ND), candidates.columns.c_SD
         own_here_N, u_own_ND = ops.own(candidates.columns, x_ND, labels_N, temperature)
         own_N += own_here_N
-        u_other_ND = torch.zeros_like(x_ND)
+        u_other_ND = torch.zeros_like(x_ND, memory_format=torch.contiguous_format)
         step = max(64, TILE_NUMBERS[x_ND.device.type] // max(N, 1))
         for c_sD, owner_s in zip(c_SD.split(step), candidates.owner_S.split(step), strict=True):
             operand_sD = c_sD if product_dtype == torch.float32 else c_sD.to(product_dtype)
@@ -86,6 +86,7 @@ class _StreamingContrast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         (dx_ND,) = ctx.saved_tensors
         return grad * dx_ND, None, None, None, None, None, None
 

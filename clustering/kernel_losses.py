@@ -118,7 +118,7 @@ def own(columns: Columns, x_ND: Tensor, labels_N: Tensor, temperature: float) ->
     if N:
         with on_device(x_ND):
             _own_kernel[(N,)](
-                x_ND.contiguous(), labels_N, c.owned_S, c.order_S, c.c_SD, c.weight_S, own_N, u_ND,
+                x_ND.contiguous(), labels_N.contiguous(), c.owned_S, c.order_S, c.c_SD, c.weight_S, own_N, u_ND,
                 len(c.owned_S), temperature, D=D, E=width(D), num_warps=1,
             )  # fmt: skip
     return own_N, u_ND
@@ -133,7 +133,8 @@ def join(
     if N:
         with on_device(own_N):
             _join_kernel[(N,)](
-                own_N, other_N, taken_N.view(torch.uint8), taken_N.sum(), u_own_ND, u_other_ND, loss_N, gradient_ND,
+                own_N.contiguous(), other_N.contiguous(), taken_N.view(torch.uint8), taken_N.sum(), u_own_ND,
+                u_other_ND, loss_N, gradient_ND,
                 temperature, D=D, E=width(D), num_warps=1,
             )  # fmt: skip
     return loss_N.sum(), gradient_ND
@@ -150,8 +151,8 @@ def align(
     gradient_ND = torch.empty(N, D, device=device)
     with on_device(weight_XD):
         _align_kernel[(N,)](
-            labels_N, weight_XD, anchor_RD, f_R, distinct_N.view(torch.uint8), gap_N, row_N, gradient_ND, N,
-            first_class, R, M=len(weight_XD) // R, D=D, E=width(D), num_warps=1,
+            labels_N.contiguous(), weight_XD.contiguous(), anchor_RD, f_R, distinct_N.view(torch.uint8), gap_N,
+            row_N, gradient_ND, N, first_class, R, M=len(weight_XD) // R, D=D, E=width(D), num_warps=1,
         )  # fmt: skip
     count = distinct_N.sum().clamp_min(1)
     return gap_N.sum() / count, torch.where(row_N < 0, row_N.amax().clamp_min(0), row_N), gradient_ND.div_(count)

@@ -3,8 +3,8 @@
 The kernel of `clustering.kernel_nearest` waits for memory while it looks for the largest numbers of a tile, and the
 other way round. Here warps have trades. One lets the copy engine bring centres, tile by tile; two groups of four each
 multiply 64 points, which stay in shared memory, with the tiles, and while one group looks through its cosines the other
-has the tensor cores. In an H100 that takes 0.87 of the rate of a plain product of large matrices
-(benchmarks/results).
+has the tensor cores. In an H100 that runs at 0.87 of the rate of a plain product of large matrices
+(docs/experiments.md).
 
 Of every tile a point's largest cosine, with its centre, is a candidate, and the four best candidates are kept. To keep
 cosine and column in one number, the column within the tile replaces the last 8 bits of the cosine: 3e-5 of it, a
@@ -204,11 +204,14 @@ def splits_of(blocks: int, tiles: int, cores: int) -> int:
     return next(P for P, tiles_in_turn in enumerate(rounds, 1) if tiles_in_turn <= 1.05 * min(rounds))
 
 
-def winners(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def winners(
+    x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor, splits: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Candidates of each point: cosines (b, P L), float32, -inf for none; columns (b, P L), int64; and the largest of
     all other cosines, (b,).
 
-    operand_sD: as `fits` says. hidden_b: int64, a column that does not count, -1 for none. The largest is among the
+    operand_sD: as `fits` says. hidden_b: int64, a column that does not count, -1 for none. splits: P, at most; chosen
+    if None. The largest is among the
     candidates; a cosine is off by 3e-5 of itself besides what its operands' rounding does.
     """
     order_b = hidden_b.argsort()  # so that few tiles have a column to hide
@@ -216,7 +219,7 @@ def winners(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor,
     (b, D), s = x_bD.shape, len(operand_sD)
     cores = torch.cuda.get_device_properties(x_bD.device).multi_processor_count
     blocks, tiles = -(-b // (2 * _ROWS)), -(-s // _CENTRES)
-    split_size = -(-tiles // splits_of(blocks, tiles, cores)) * _CENTRES
+    split_size = -(-tiles // (splits or splits_of(blocks, tiles, cores))) * _CENTRES
     P = -(-s // split_size)
     cosine_PLb = torch.empty(P, LISTED, b, device=x_bD.device)
     column_PLb = torch.empty(P, LISTED, b, dtype=torch.int32, device=x_bD.device)

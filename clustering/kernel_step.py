@@ -1,8 +1,8 @@
 """What a training step does for each row of its batch, in Triton: a kernel each in place of some fifty calls of torch.
 
-A step's own arithmetic here is nothing to a GPU; what costs is to launch it. Every program is one warp and takes one
-row, so that what it reads is read before it writes. Plain versions: `clustering.step_plain`; the losses':
-`clustering.kernel_losses`; which of them run: `clustering.step_choice`.
+A step's own arithmetic here is nothing to a GPU; what costs is to launch it. A program that changes what it reads is
+one warp and takes one row, so that what it reads is read before it writes. Plain versions: `clustering.step_plain`; the
+losses': `clustering.kernel_losses`; which of them run: `clustering.step_choice`.
 
 Importing this needs Triton.
 
@@ -71,6 +71,22 @@ def _codes_kernel(ids, labels, code, cluster, suspect, N, samples, BLOCK: tl.con
     tl.store(suspect + n, code_n < 0, mask=n < N)
 
 
+@triton.jit
+def _earlier(x, cluster, suspect, k, n, D: tl.constexpr, E: tl.constexpr):
+    """1 if a row before n counts in cluster k, whose program moves it then; else 0."""
+    d = tl.arange(0, E)
+    found = 0
+    for start in range(0, n, LOOKED_AT):
+        j = start + tl.arange(0, LOOKED_AT)
+        same_j = tl.load(cluster + j, mask=j < n, other=-1) == k
+        if (found == 0) & (tl.max(same_j.to(tl.int32), axis=0) > 0):
+            for other in range(start, tl.minimum(start + LOOKED_AT, n)):
+                if (found == 0) & (tl.load(cluster + other) == k) & (tl.load(suspect + other) == 0):
+                    x_d = tl.load(x + tl.cast(other, tl.int64) * D + d, mask=d < D, other=0.0)
+                    found += tl.cast(_finite(x_d), tl.int32)
+    return found
+
+
 @triton.jit(do_not_specialize=["N", "first_cluster", "S", "first_class", "R"])
 def _move_kernel(
     x, cluster, suspect, class_of, centres, anchors, N, first_cluster, S, first_class, R, momentum, new,
@@ -80,21 +96,19 @@ def _move_kernel(
     d = tl.arange(0, E)
     k = tl.load(cluster + n)
     if (k >= 0) & (tl.load(suspect + n) == 0):
-        total_d = tl.zeros([E], tl.float32)
-        count, before, own = 0, 0, 0
-        for start in range(0, N, LOOKED_AT):
-            j = start + tl.arange(0, LOOKED_AT)
-            same_j = tl.load(cluster + j, mask=j < N, other=-1) == k
-            if tl.max(same_j.to(tl.int32), axis=0) > 0:
-                for other in range(start, tl.minimum(start + LOOKED_AT, N)):
-                    if (tl.load(cluster + other) == k) & (tl.load(suspect + other) == 0):
-                        x_d = tl.load(x + tl.cast(other, tl.int64) * D + d, mask=d < D, other=0.0)
-                        if _finite(x_d):
-                            total_d += x_d
-                            count += 1
-                            before += tl.cast(other < n, tl.int32)
-                            own += tl.cast(other == n, tl.int32)
-        if (own == 1) & (before == 0):  # the first of its cluster moves it
+        total_d = tl.load(x + tl.cast(n, tl.int64) * D + d, mask=d < D, other=0.0)
+        if _finite(total_d) & (_earlier(x, cluster, suspect, k, n, D, E) == 0):
+            count = 1
+            for start in range(n + 1, N, LOOKED_AT):
+                j = start + tl.arange(0, LOOKED_AT)
+                same_j = tl.load(cluster + j, mask=j < N, other=-1) == k
+                if tl.max(same_j.to(tl.int32), axis=0) > 0:
+                    for other in range(start, tl.minimum(start + LOOKED_AT, N)):
+                        if (tl.load(cluster + other) == k) & (tl.load(suspect + other) == 0):
+                            x_d = tl.load(x + tl.cast(other, tl.int64) * D + d, mask=d < D, other=0.0)
+                            if _finite(x_d):
+                                total_d += x_d
+                                count += 1
             mean_d = tl.div_rn(total_d, tl.zeros([E], tl.float32) + tl.cast(count, tl.float32))
             place = k - first_cluster
             if (place >= 0) & (place < S):
@@ -116,8 +130,9 @@ def store(bank: BankRows, x_ND: Tensor, ids_N: Tensor, labels_N: Tensor, momentu
         return
     with on_device(x_ND):
         _store_kernel[(N,)](
-            x_ND.contiguous(), ids_N, labels_N, bank.slot_of_sample, bank.x_XD, bank.seen_X.view(torch.uint8),
-            len(bank.slot_of_sample), momentum, MOMENTUM=momentum > 0, D=D, E=width(D), num_warps=1,
+            x_ND.contiguous(), ids_N.contiguous(), labels_N.contiguous(), bank.slot_of_sample, bank.x_XD,
+            bank.seen_X.view(torch.uint8), len(bank.slot_of_sample), momentum, MOMENTUM=momentum > 0,
+            D=D, E=width(D), num_warps=1,
         )  # fmt: skip
 
 
@@ -129,7 +144,14 @@ def codes(code_I: Tensor, ids_N: Tensor, labels_N: Tensor) -> tuple[Tensor, Tens
     if N:
         with on_device(ids_N):
             _codes_kernel[(triton.cdiv(N, _BLOCK),)](
-                ids_N, labels_N, code_I, cluster_N, suspect_N.view(torch.uint8), N, len(code_I), BLOCK=_BLOCK
+                ids_N.contiguous(),
+                labels_N.contiguous(),
+                code_I,
+                cluster_N,
+                suspect_N.view(torch.uint8),
+                N,
+                len(code_I),
+                BLOCK=_BLOCK,
             )
     return cluster_N, suspect_N
 

@@ -4,8 +4,8 @@ A float32 product of two matrices is off by its rounding, and rounds differently
 may be nearest: every centre that comes within `tolerance` of the best is compared again by a float64 dot product of the
 two rows alone, ties going to the smaller cluster. The result does not depend on tiles, blocks, order or ranks.
 
-Two numbers are kept of the cosines of a tile: they are never written but into a buffer that stays in a CPU's cache, or
-not at all on GPUs (`clustering.kernel_nearest`).
+Two numbers are kept of the cosines of a tile, a few more by the kernel for Hopper GPUs: they are never written but into
+a buffer that stays in a CPU's cache, or not at all on GPUs (`clustering.kernel_nearest`).
 
 Legend: b points of a block, s centres of a tile, D embedding size, q pairs of a point and a centre.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from partial_fc.products import product
 
 NONE = float("-inf")
+_DOTS_ON_GPU = 1 << 16
 _DOTS_AT_ONCE = 256
 """Rows of float64 that stay in a CPU core's cache."""
 _TILE = {"cpu": (512, 512), "cuda": (8192, 8192)}
@@ -89,7 +90,9 @@ def row_dots(a_XD: Tensor, row_q: Tensor | None, b_YD: Tensor, other_q: Tensor) 
     is left is rounding of 1e-16 a sum.
     """
     if a_XD.is_cuda:
-        return _folded((a_XD if row_q is None else a_XD[row_q]).double() * b_YD[other_q])
+        row_q = torch.arange(len(a_XD), device=a_XD.device) if row_q is None else row_q
+        halves = zip(row_q.split(_DOTS_ON_GPU), other_q.split(_DOTS_ON_GPU), strict=True)
+        return torch.cat([_folded(a_XD[row_p].double() * b_YD[other_p]) for row_p, other_p in halves])
     parts = []
     for start in range(0, len(other_q), _DOTS_AT_ONCE):
         part = slice(start, start + _DOTS_AT_ONCE)
@@ -176,10 +179,12 @@ def nearest_(
     close_b = first_b >= state.best_b - margin
     enough_b = state.best_b.maximum(first_b) - margin
     crowded_b = close_b & (rest_b >= enough_b)
-    near_bL = close_b[:, None] & (cosine_bL >= enough_b[:, None])  # these are offered, now or, in a crowd, below
-    left_b = cosine_bL.masked_fill(near_bL, NONE).amax(1).maximum(rest_b)
+    offered_bL = (close_b & ~crowded_b)[:, None] & (cosine_bL >= enough_b[:, None])
+    # In a crowd, below, the winner is offered: of the others it is one of the largest at most that need not count here.
+    largest_bL = torch.zeros_like(offered_bL).scatter_(1, cosine_bL.argmax(1, keepdim=True), crowded_b[:, None])
+    left_b = cosine_bL.masked_fill(offered_bL | largest_bL, NONE).amax(1).maximum(rest_b)
     state.second_b.copy_(state.second_b.maximum(left_b))
-    row_q, place_q = (near_bL & ~crowded_b[:, None]).nonzero(as_tuple=True)
+    row_q, place_q = offered_bL.nonzero(as_tuple=True)
     column_q = column_bL[row_q, place_q]
     offer_ = state.offer_ if cosine_bL.shape[1] == 1 else state.offer_pairs_
     offer_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))

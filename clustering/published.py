@@ -68,7 +68,7 @@ class Published:
         ids_N = batch.sample_ids_N
         if self._last is not None and self._last[0] is ids_N and self._last[1] is batch.labels_N:
             return self._last[2]
-        found = step_ops(self.code_I).codes(self.code_I, ids_N, batch.labels_N)
+        found = step_ops(self.c_SD).codes(self.code_I, ids_N, batch.labels_N)
         self._last = (ids_N, batch.labels_N, found)
         return found
 
@@ -98,6 +98,7 @@ class Published:
             class_K=self.class_K,
         )
         step_ops(self.c_SD).move(moving, batch.x_ND.detach(), *self.cluster_of(batch), momentum)
+        self._last = None  # the batch's tensors may be filled anew
 
     def neighbours(self, batch: GatheredBatch) -> Tensor:
         """Nearest classes of each row's class, int64 (N x k,); -1 for none or an unlabelled row. No host sync."""

@@ -31,6 +31,7 @@ from clustering.published import Published
 from clustering.refresh import Refresh
 from clustering.schedule import RefreshSchedule
 from clustering.start import read_start, start_of
+from clustering.step_choice import step_ops
 from configs.schema import ClusteringConfig
 from partial_fc.collectives import GatheredBatch
 from sharding import shard_of
@@ -81,6 +82,7 @@ class ClusterService:
             dtype=bank_dtype,
             momentum=config.bank_momentum,
         )
+        step_ops(torch.empty(0, dim, device=device))  # compiled and tried now, not in a step
         self.classes = self.bank.shard
         self.clusters = shard_of(dist.get_rank(group), dist.get_world_size(group), self.num_clusters)
         self.schedule = RefreshSchedule.of(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
@@ -308,6 +310,8 @@ class ClusterService:
         self._published = self._candidates = self._refresh = None
         self.margins_C = torch.full_like(self.margins_C, self.margin)
         if state["published"] is not None:
+            if "drops_suspects" not in state["published"]:
+                raise ClusterStateError("saved clusters are of an earlier version of this program: start a new run")
             self._adopt(Published.from_state_dict(state["published"], self.device))
         if state["refresh"] is not None:
             self._refresh = self._new_refresh()

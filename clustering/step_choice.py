@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,18 +42,20 @@ def kernel_ops() -> StepOps:
     )
 
 
-def step_ops(tensor: Tensor) -> StepOps:
-    """Kernels for tensors on a GPU where they run and pass their trial, said once where not; plain torch for others."""
-    return _of_device(tensor.device) if tensor.is_cuda else PLAIN
+def step_ops(rows_XD: Tensor) -> StepOps:
+    """For rows of that size on that device: kernels on a GPU where they run and pass their trial, said once where not;
+    plain torch elsewhere.
+    """
+    return _on_gpu(rows_XD.device, rows_XD.shape[-1]) if rows_XD.is_cuda else PLAIN
 
 
 @functools.cache
-def _of_device(device: torch.device) -> StepOps:
+def _on_gpu(device: torch.device, dim: int) -> StepOps:
     reason = why_not(torch.empty(0, device=device))
     if not reason:
         try:
             ops = kernel_ops()
-            reason = trial(ops, device)
+            reason = trial(ops, device, dim=dim)
         except Exception as error:  # a compiler may fail in any way, and training goes on without the kernels
             reason = f"{type(error).__name__}: {error}"
     if reason:
@@ -63,10 +64,12 @@ def _of_device(device: torch.device) -> StepOps:
     return ops
 
 
-def trial(ops: StepOps, device: torch.device, *, rows: int = 70, dim: int = 40, seed: int = 0) -> str:
-    """What `ops` do otherwise than the plain functions on a small problem with all that can occur; empty: nothing."""
-    from clustering.step_trial import differences  # noqa: PLC0415  imports this module's users
+def trial(ops: StepOps, device: torch.device, *, rows: int = 300, dim: int = 40) -> str:
+    """What `ops` do otherwise than the plain functions on a small problem, in float32 and bf16; empty: nothing."""
+    from clustering.step_trial import differences  # noqa: PLC0415  imports this module
 
-    found = differences(ops, PLAIN, device, rows=rows, dim=dim, seed=seed)
-    wrong: dict[str, Any] = {name: value for name, value in found.items() if not value < 1e-4}
-    return ", ".join(f"{name} is off by {value:.1e}" for name, value in wrong.items())
+    said = []
+    for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 2**-7)):
+        found = differences(ops, PLAIN, device, rows=rows, dim=dim, seed=0, dtype=dtype)
+        said += [f"{name} is off by {value:.1e} in {dtype}" for name, value in found.items() if not value < most]
+    return ", ".join(said)

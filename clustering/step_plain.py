@@ -61,6 +61,8 @@ class Moving:
 def store(bank: BankRows, x_ND: Tensor, ids_N: Tensor, labels_N: Tensor, momentum: float) -> None:
     """Rows of the batch that lie here into the bank: those with a label whose numbers are all finite.
 
+    A sample that comes twice in a batch leaves one of its rows, or parts of both.
+
     momentum: above 0 a row becomes unit(momentum row + (1 - momentum) x) when its sample comes again.
     """
     samples, nowhere = len(bank.slot_of_sample), len(bank.x_XD) - 1
@@ -125,10 +127,11 @@ def own(columns: Columns, x_ND: Tensor, labels_N: Tensor, temperature: float) ->
         owned_Nm &= owned_S[place_Nm] == labels_N[:, None]
         column_Nm = columns.order_S[place_Nm]
         c_NmD = columns.c_SD[column_Nm]
-        e_Nm = torch.bmm(c_NmD, x_ND[:, :, None] / temperature)[:, :, 0].exp_() * columns.weight_S[column_Nm]
-        e_Nm = torch.where(owned_Nm, e_Nm, 0)
-        own_N += e_Nm.sum(1)
-        u_own_ND += torch.bmm(e_Nm[:, None], c_NmD)[:, 0]
+        with torch.autocast(x_ND.device.type, enabled=False):  # around it, the caller's would round
+            e_Nm = torch.bmm(c_NmD, x_ND[:, :, None] / temperature)[:, :, 0].exp_() * columns.weight_S[column_Nm]
+            e_Nm = torch.where(owned_Nm, e_Nm, 0)
+            own_N += e_Nm.sum(1)
+            u_own_ND += torch.bmm(e_Nm[:, None], c_NmD)[:, 0]
     return own_N, u_own_ND
 
 

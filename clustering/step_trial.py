@@ -23,14 +23,18 @@ def differences(
     rows: int,
     dim: int,
     seed: int,
-    bank_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Largest difference of each result, by name; NaN where one has it and the other not.
 
-    Rows without a label, of other ranks, not finite, suspect, without a cluster, and of classes that come twice, that
-    own several clusters or none, are among them; so are zero rows and centres that a mean cancels.
+    Rows without a label, with ids of no sample, of other ranks, not finite, suspect, without a cluster, and of classes
+    that come twice, that own several clusters or none, are among them; so are rows and centres of zeros.
     """
-    made = _Problem(rows, dim, seed, device, bank_dtype)
+    with torch.autocast(device.type, enabled=False):
+        return _differences(ops, other, _Problem(rows, dim, seed, device, dtype))
+
+
+def _differences(ops: StepOps, other: StepOps, made: _Problem) -> dict[str, float]:
     found = {}
     for name, work in made.works().items():
         one, two = work(ops), work(other)
@@ -46,7 +50,7 @@ def _largest(a: Tensor, b: Tensor) -> float:
 
 
 class _Problem:
-    def __init__(self, rows: int, dim: int, seed: int, device: torch.device, bank_dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.device, self.classes, self.clusters, self.first_class, self.first_cluster = device, 12, 16, 3, 2
 
@@ -61,13 +65,15 @@ class _Problem:
         self.ids_N = torch.randperm(samples, generator=generator)[:rows]
         self.labels_N = whole(self.classes + 6, rows)  # of three ranks
         self.labels_N[::9] = -1
+        self.ids_N[1::10] = samples + 3
+        self.ids_N[2::10] = -1
         self.odd_ND = self.x_ND.clone()  # what a bank and centres may be offered
         self.odd_ND[3::11, 1] = torch.inf
         self.odd_ND[5::13] = torch.nan
         self.odd_ND[7::17] = 0
         self.slots = torch.where(torch.arange(samples) % 4 == 0, -1, torch.arange(samples)).int()
         self.code_I = whole(self.clusters + 5, samples, low=-6).int()
-        self.bank_XD, self.seen_X = unit(samples + 1, dim).to(bank_dtype), whole(2, samples + 1).bool()
+        self.bank_XD, self.seen_X = unit(samples + 1, dim).to(dtype), whole(2, samples + 1).bool()
         self.c_SD, self.anchor_RD = unit(self.clusters, dim), unit(self.classes, dim)
         self.c_SD[4] = 0
         self.class_K = torch.full((self.clusters + 5,), -1)
@@ -82,7 +88,7 @@ class _Problem:
         self.own_N[4:5] = 1e-4
         self.taken_N = self.labels_N >= 0
         self.u_ND = unit(rows, dim)
-        self.w_XD = 3 * torch.randn(2 * self.classes, dim, generator=generator)
+        self.w_XD = (3 * torch.randn(2 * self.classes, dim, generator=generator)).to(dtype)
         self.f_R = torch.rand(self.classes, generator=generator)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
@@ -126,4 +132,4 @@ class _Problem:
     def _align(self, ops: StepOps, subcentres: int) -> tuple[Tensor, ...]:
         w_XD = self.w_XD[: subcentres * self.classes]
         loss, row_N, gradient_ND = ops.align(self.labels_N, w_XD, self.anchor_RD, self.f_R, self.first_class)
-        return loss[None], torch.zeros_like(w_XD).index_add_(0, row_N, gradient_ND)
+        return loss[None], torch.zeros_like(w_XD, dtype=torch.float32).index_add_(0, row_N, gradient_ND)

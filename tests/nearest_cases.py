@@ -62,6 +62,21 @@ def check_top_two(case: Case, device: str, kernel: bool) -> None:
     torch.testing.assert_close(at_b[some_b], expected_b2[some_b, 0], rtol=0, atol=1e-6)
 
 
+def four_of_each_part(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As the kernel for Hopper GPUs gives them, by plain torch: of the largest of each tile of 16, the four largest."""
+    cosine_bs = x_bD.to(operand_sD.dtype).float() @ operand_sD.float().T
+    hides_b = hidden_b >= 0
+    cosine_bs[hides_b, hidden_b[hides_b]] = NONE
+    parts = [(start, part) for start, part in zip(range(0, len(operand_sD), 16), cosine_bs.split(16, 1), strict=True)]
+    largest_bT, column_bT = (
+        torch.stack(found, dim=1)
+        for found in zip(*((part.amax(1), part.argmax(1) + start) for start, part in parts), strict=True)
+    )
+    cosine_bL, place_bL = largest_bT.topk(min(4, len(parts)), dim=1)
+    column_bL = column_bT.gather(1, place_bL)
+    return cosine_bL, column_bL, cosine_bs.scatter(1, column_bL, NONE).amax(1)
+
+
 def check_candidates(case: Case, device: str) -> None:
     """Candidates have the cosines that are said, the largest is one of them, and the others' largest is the rest's."""
     from clustering.kernel_nearest import candidates
@@ -109,13 +124,13 @@ def compare_(
     nearest_by_codes_(state, x_bD, code_points(turned(x_bD)), centres_sD, coded, cluster_s)
 
 
-def check_ties(device: str, kernels: bool, dtype: torch.dtype) -> None:
+def check_ties(device: str, kernels: bool, dtype: torch.dtype, D: int = 60) -> None:
     """Copies of centres, and centres one rounding apart: exact in any order of any tiles, the others all below."""
-    base_sD = unit(40, 60, seed=3)
+    base_sD = unit(40, D, seed=3)
     base_sD[10:20] = base_sD[0:10]
-    base_sD[20:30] = base_sD[0:10] + 1e-7 * unit(10, 60, seed=4)
+    base_sD[20:30] = base_sD[0:10] + 1e-7 * unit(10, D, seed=4)
     base_sD[35] = base_sD[5]
-    x_bD = F.normalize(base_sD[torch.arange(123) % 40] + 0.1 * unit(123, 60, seed=5))
+    x_bD = F.normalize(base_sD[torch.arange(123) % 40] + 0.1 * unit(123, D, seed=5))
     cosine_bs, index_b = exact(x_bD, base_sD)
     for width in (40, 7):
         for backwards in (False, True):
@@ -133,13 +148,13 @@ def check_ties(device: str, kernels: bool, dtype: torch.dtype) -> None:
             assert (state.second_b.cpu() <= state.best_b.cpu() + slack).all()
 
 
-def check_collapsed(device: str, kernels: bool, dtype: torch.dtype = FP32) -> None:
+def check_collapsed(device: str, kernels: bool, dtype: torch.dtype = FP32, D: int = 60) -> None:
     """Points and centres that all but coincide, copies among the centres: thinned out, and still exact."""
-    base_D = unit(1, 60, seed=6)
-    centres_sD = F.normalize(base_D + 1e-5 * unit(150, 60, seed=7))
+    base_D = unit(1, D, seed=6)
+    centres_sD = F.normalize(base_D + 1e-5 * unit(150, D, seed=7))
     centres_sD[70:140] = centres_sD[0:70]
     centres_sD[145:] = centres_sD[144]
-    x_bD = F.normalize(base_D + 1e-5 * unit(123, 60, seed=8))
+    x_bD = F.normalize(base_D + 1e-5 * unit(123, D, seed=8))
     cosine_bs, index_b = exact(x_bD, centres_sD)
     state = Nearest.unknown(123, torch.device(device))
     state.index_b[:] = torch.arange(123, device=device)  # their own; nearer ones are found, and the first of copies
@@ -148,3 +163,5 @@ def check_collapsed(device: str, kernels: bool, dtype: torch.dtype = FP32) -> No
     compare_(state, x_bD.to(device), centres_sD, torch.arange(150, device=device), dtype=dtype, kernels=kernels)
     assert torch.equal(state.index_b.cpu(), index_b)
     torch.testing.assert_close(state.best_b.cpu(), cosine_bs.amax(1), rtol=0, atol=1e-15)
+    others_b = cosine_bs.scatter(1, index_b[:, None], NONE).amax(1)
+    assert (state.second_b.cpu() >= others_b - tolerance(FP32 if dtype == CODES else dtype)).all()

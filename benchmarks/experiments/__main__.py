@@ -90,8 +90,9 @@ def _report(results: Sequence[Result], args: argparse.Namespace, arguments: Sequ
             f"{args.lines}: expected runs on {args.tier} in {', '.join(args.cells)}, got none: "
             f"`python -m {_MODULE} run` makes them; {args.out} stays as it is"
         )
-    tables.write(cells, args.tier, about, args.out)
-    for line in tables.answers(cells, args.tier):
+    lines = tables.fresh_answers(cells) if args.fresh else tables.answers(cells, args.tier)
+    tables.write(cells, args.tier, about, lines, args.out)
+    for line in lines:
         print(line)
     print(f"written to {args.out} and {args.out.with_suffix('.png')}")
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.arms import AGAINST, is_arcface
+from benchmarks.experiments.arms import AGAINST, SURE, is_arcface
 from benchmarks.experiments.plan import (
+    FRESH_SEEDS,
     PRIMARY_CELLS,
     SEEDS,
     WORSE_AT_MOST,
@@ -101,6 +102,21 @@ def _suspects(results: Sequence[Result]) -> str:
     return " / ".join(f"{np.mean([result[name] for result in results]):.2f}" for name in ("precision", "recall"))
 
 
+def fresh_answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
+    """Of the runs on fresh seeds: does what was changed do harm on clean data, against the ArcFace that ran there?"""
+    lines = []
+    for (kind, cell), arms in sorted(cells.items()):
+        best = best_arcface(arms)
+        if cell == PRIMARY_CELLS[1] and best and (found := paired(arms, SURE, best)):
+            said = "no" if found.mean >= -WORSE_AT_MOST else "yes"
+            count = len(arms[SURE].keys() & arms[best].keys())
+            lines.append(
+                f"{kind}, {cell}, {count} of {len(FRESH_SEEDS)} fresh seeds: {SURE} worse than {best} by over "
+                f"{WORSE_AT_MOST}? {said}: {_difference(found)}"
+            )
+    return lines
+
+
 def answers(cells: Mapping[tuple[str, str], By_arm], tier: str) -> list[str]:
     """A line for each primary question and kind, once all runs that it needs are there."""
     noisy, clean = PRIMARY_CELLS
@@ -134,11 +150,13 @@ def _complete(arms: By_arm, names: Sequence[str]) -> bool:
     return all(set(arms.get(name, ())) == set(SEEDS) for name in names)
 
 
-def write(cells: Mapping[tuple[str, str], By_arm], tier: str, about: Mapping[str, str], out: Path) -> None:
-    """Markdown with everything, beside it the picture. cells: as `group` gives them."""
+def write(
+    cells: Mapping[tuple[str, str], By_arm], tier: str, about: Mapping[str, str], lines: Sequence[str], out: Path
+) -> None:
+    """Markdown with everything, beside it the picture. cells: as `group` gives them. lines: answers."""
     text = f"# Does cluster guidance help? The tier of {tier}\n\n"
     text += "".join(f"- {name}: {value}\n" for name, value in about.items())
-    if lines := answers(cells, tier):
+    if lines:
         text += "\n## The questions that were asked beforehand\n\n" + "".join(f"- {line}\n" for line in lines)
     for (kind, cell), arms in sorted(cells.items()):
         text += f"\n## {kind}, {cell}\n\n{markdown_table(HEADER, rows(arms, tier))}"

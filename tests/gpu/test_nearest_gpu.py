@@ -64,15 +64,18 @@ def test_two_runs_have_the_same_bits() -> None:
         assert all(torch.equal(*pair) for pair in zip(runs[0], other, strict=True))
 
 
+@pytest.mark.parametrize("D", [60, 64])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("kernel", [False, True])
-def test_ties_go_to_the_smaller_cluster_in_any_order_of_tiles(kernel: bool, dtype: torch.dtype) -> None:
-    nearest_cases.check_ties("cuda", kernel, dtype)
+def test_ties_go_to_the_smaller_cluster_in_any_order_of_tiles(kernel: bool, dtype: torch.dtype, D: int) -> None:
+    nearest_cases.check_ties("cuda", kernel, dtype, D)
 
 
+@pytest.mark.parametrize("D", [60, 64])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("kernel", [False, True])
-def test_data_that_has_collapsed_is_told_apart_exactly(kernel: bool) -> None:
-    nearest_cases.check_collapsed("cuda", kernel)
+def test_data_that_has_collapsed_is_told_apart_exactly(kernel: bool, dtype: torch.dtype, D: int) -> None:
+    nearest_cases.check_collapsed("cuda", kernel, dtype, D)
 
 
 @pytest.mark.parametrize("D", [1, 7, 123, 512])

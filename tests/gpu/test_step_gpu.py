@@ -19,8 +19,8 @@ def test_kernels_do_what_torch_does(rows: int, dim: int) -> None:
     assert max(found.values()) < 5e-6, found
 
 
-def test_a_bank_of_bf16_takes_the_same_rows() -> None:
-    found = differences(kernel_ops(), PLAIN, torch.device("cuda"), rows=300, dim=512, seed=1, bank_dtype=torch.bfloat16)
+def test_with_a_bank_and_a_weight_of_bf16() -> None:
+    found = differences(kernel_ops(), PLAIN, torch.device("cuda"), rows=300, dim=512, seed=1, dtype=torch.bfloat16)
     assert max(found.values()) <= 2**-9, found  # a step of bf16 at a number below 1/2
 
 
@@ -33,4 +33,4 @@ def test_two_runs_have_the_same_bits() -> None:
 def test_they_run_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert step_ops(torch.zeros(1, device="cuda")) is not PLAIN
+        assert step_ops(torch.zeros(1, 512, device="cuda")) is not PLAIN

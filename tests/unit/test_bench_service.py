@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from benchmarks import service_step
 from benchmarks.service import HEADER, Shape, how_often, main
 
 ROOT = Path(__file__).parents[2]
@@ -62,3 +64,44 @@ def test_wrong_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
+
+
+def test_a_step_of_a_small_set_is_timed_with_and_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "step.md"
+    sizes = [
+        "--images",
+        "300",
+        "--classes",
+        "12",
+        "--batch",
+        "4",
+        "--backbone",
+        "small",
+        "--steps",
+        "3",
+        "--warmup",
+        "1",
+    ]
+    assert service_step.main([*sizes, "--device", "cpu", "--out", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    assert "| a step | plain |" in text
+    assert "version 1, ramp 1" in text
+    (row,) = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
+    assert [len(row[arm]) for arm in ("plain", "clusters")] == [3, 3]
+    assert min(row["plain"] + row["clusters"]) > 0
+    assert "+0.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["--classes", "1"], ["--images", "5", "--classes", "9"], ["--steps", "0"]])
+def test_sizes_that_cannot_be_are_refused(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        service_step.main([*wrong, "--device", "cpu"])
+    assert ended.value.code == 2
+
+
+def test_labels_have_a_long_tail_and_every_class() -> None:
+    labels_N = service_step.long_tailed_labels(5000, 60, np.random.default_rng(0))
+    counts_C = np.bincount(labels_N, minlength=60)
+    assert len(labels_N) == 5000
+    assert counts_C.min() >= 1
+    assert counts_C[:6].sum() > 3 * counts_C[-6:].sum()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from benchmarks.experiments import glyphs, plan, runs, tables
 from benchmarks.experiments.__main__ import main as experiments
-from benchmarks.experiments.arms import AGAINST
+from benchmarks.experiments.arms import AGAINST, SURE
 from benchmarks.experiments.cells import CELLS, Cell, make_split, true_accept_rates
 from benchmarks.experiments.fitting import Recipe, fit
 from benchmarks.experiments.nets import SmallMLP
@@ -214,6 +214,24 @@ def test_answers_name_the_best_arcface_of_the_runs_and_correct_for_three_questio
     assert [row[1] for row in rows] == [*FEATURES.arcface, "full", *AGAINST]
     assert rows[2][4] == "best"
     assert rows[3][0] == "10"
+
+
+def test_fresh_seeds_answer_for_what_was_changed() -> None:
+    lines = [
+        _line(name, margin, seed, validation=float(margin == FEATURES.arms[name].margins[0]), test=20.0)
+        for name in ("arcface 0.3", SURE)
+        for margin in FEATURES.arms[name].margins
+        for seed in plan.TUNING_SEEDS
+    ]
+    for seed in plan.FRESH_SEEDS[:4]:
+        lines += [_line("arcface 0.3", 0.3, seed, test=20.0 + seed), _line(SURE, 0.3, seed, test=19.9 + seed)]
+    for line in lines:
+        line["cell"] = "clean"
+    assert tables.group(lines, "features") == {}
+    (said,) = tables.fresh_answers(tables.group(lines, "features", plan.FRESH_SEEDS))
+    assert said.startswith(
+        "faces, clean, 4 of 10 fresh seeds: full, sure worse than arcface 0.3 by over 0.2? no: -0.10"
+    )
 
 
 def _fitted(placebo: str) -> Any:

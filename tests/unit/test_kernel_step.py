@@ -64,7 +64,7 @@ def test_the_trial_names_what_differs() -> None:
 
 
 def test_plain_functions_run_on_cpus() -> None:
-    assert step_ops(torch.zeros(1)) is PLAIN
+    assert step_ops(torch.zeros(1, 8)) is PLAIN
 
 
 def _compile_all() -> list[str]:
@@ -93,14 +93,15 @@ def _compile_all() -> list[str]:
         signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in names}
         signature |= {"bank": "*bf16"} if "bank" in names else {}
         values = {(names.index(name),): value for name, value in constants.items() if name in names}
-        made = compile_kernel(
-            ASTSource(kernel, signature, values), target=GPUTarget("cuda", 80, 32), options={"num_warps": 1}
-        )
-        assert made.asm["cubin"]
-        done.append(made.metadata.name)
+        for weight in {"*fp32", "*bf16"} if "w" in names else {"*fp32"}:
+            signature |= {"w": weight} if "w" in names else {}
+            source = ASTSource(kernel, signature, values)
+            made = compile_kernel(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 1})
+            assert made.asm["cubin"]
+            done.append(made.metadata.name)
     return done
 
 
 @needs_triton
 def test_kernels_compile(compiler: Run) -> None:
-    assert len(compiler(_compile_all)) == 6
+    assert len(compiler(_compile_all)) == 7

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering import nearest_projection
+from clustering import nearest, nearest_projection
 from clustering.nearest import Nearest, _folded, columns_of, row_dots
 from clustering.nearest_choice import runs_kernel, say_once, why_not
 from clustering.nearest_pairs import quieten
@@ -45,6 +45,38 @@ def test_ties_go_to_the_smaller_cluster_in_any_order_of_tiles(dtype: torch.dtype
 
 def test_data_that_has_collapsed_is_told_apart_exactly() -> None:
     nearest_cases.check_collapsed("cpu", False)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_several_candidates_a_point_lead_to_the_same_decisions(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(nearest, "_candidates", nearest_cases.four_of_each_part)
+    nearest_cases.check_ties("cpu", False, dtype)
+    nearest_cases.check_collapsed("cpu", False, dtype)
+
+
+@needs_triton
+def test_the_trial_of_a_kernel_names_what_is_wrong(interpreter: Run) -> None:
+    assert interpreter(_tried, "right") == ""
+    for wrong in ("column", "rest", "first"):
+        assert "are off by" in interpreter(_tried, wrong)
+
+
+def _tried(what: str) -> str:
+    from clustering.kernel_nearest import _tried as tried
+
+    def winners(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+        cosine_bL, column_bL, rest_b = nearest_cases.four_of_each_part(x_bD, operand_sD, hidden_b)
+        if what == "column":
+            column_bL[5, 3] = column_bL[5, 2]
+        elif what == "rest":
+            rest_b[7] -= 0.01
+        elif what == "first":
+            cosine_bL, column_bL = cosine_bL[:, 1:], column_bL[:, 1:]
+        return cosine_bL, column_bL, rest_b
+
+    return tried(winners, torch.device("cpu"), 32)
 
 
 @needs_triton
