@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.ranks import RankPool
+from tests.triton_process import Run, fresh_process
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,18 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs functions in a process in which Triton runs its kernels as Python."""
+    yield from fresh_process(True, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Runs functions in a process in which Triton compiles its kernels."""
+    yield from fresh_process(False, tmp_path_factory.mktemp("triton"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,20 +10,10 @@ import torch
 from clustering import step_plain
 from clustering.step_choice import PLAIN, StepOps, kernel_ops, step_ops, trial
 from clustering.step_trial import differences
-from tests.triton_process import Run, fresh_process, needs_triton
+from tests.triton_process import Run, needs_triton
 
 CPU = torch.device("cpu")
 SIZES = [(70, 40), (1, 7), (200, 16), (133, 130)]
-
-
-@pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    yield from fresh_process(True, tmp_path_factory.mktemp("triton"))
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    yield from fresh_process(False, tmp_path_factory.mktemp("triton"))
 
 
 def _found(rows: int, dim: int) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from partial_fc.kernels import MAX_DIM, why_not
 from tests import kernel_cases
 from tests.kernel_problems import BF16, Case
-from tests.triton_process import Run, fresh_process, needs_triton
+from tests.triton_process import Run, needs_triton
 
 CASES = [
     Case(1, 7, 1),
@@ -29,16 +28,6 @@ UPDATES = [
     Case(20, 123, 60, True, "hard"),
     Case(20, 252, 50, True, "filter", weight_dtype=BF16),
 ]
-
-
-@pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    yield from fresh_process(True, tmp_path_factory.mktemp("triton"))
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    yield from fresh_process(False, tmp_path_factory.mktemp("triton"))
 
 
 @needs_triton

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,17 +19,7 @@ from clustering.projected import CodedProjections, PlainProjections, project_poi
 from partial_fc.choice import KernelFallbackWarning
 from tests import nearest_cases
 from tests.nearest_cases import BF16, CASES, FP32, Case, unit
-from tests.triton_process import Run, fresh_process, needs_triton
-
-
-@pytest.fixture(scope="module")
-def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    yield from fresh_process(True, tmp_path_factory.mktemp("triton"))
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    yield from fresh_process(False, tmp_path_factory.mktemp("triton"))
+from tests.triton_process import Run, needs_triton
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
