@@ -180,8 +180,15 @@ def refuse_another_run(path: Path, saved: dict[str, dict[str, Any]], mine: dict[
     """
     for section, values in mine.items():
         for key, now in values.items():
-            was = saved.get(section, {}).get(key)
-            if was != now and key not in _FREE_TO_CHANGE.get(section, ()):
+            if key in _FREE_TO_CHANGE.get(section, ()):
+                continue
+            if key not in saved.get(section, {}):
+                raise CheckpointError(
+                    f"{path}: was written by a version of this program without {section}.{key}: choose another "
+                    "train.output, or start over with --set train.resume=false"
+                )
+            was = saved[section][key]
+            if was != now:
                 raise CheckpointError(
                     f"{path}: was written with {section}.{key} = {was!r}, this run has {now!r}: set it back, choose "
                     "another train.output, or start over with --set train.resume=false"

@@ -162,3 +162,5 @@ def test_a_changed_setting_is_named_and_free_ones_pass() -> None:
     refuse_another_run(Path("x"), saved, {"head": {"margin": 0.5}, "train": {"epochs": 2, "log_steps": 5}})
     with pytest.raises(CheckpointError, match=r"head\.margin = 0\.5, this run has 0\.4"):
         refuse_another_run(Path("x"), saved, {"head": {"margin": 0.4}})
+    with pytest.raises(CheckpointError, match=r"by a version of this program without head\.scale"):
+        refuse_another_run(Path("x"), saved, {"head": {"margin": 0.5, "scale": 64.0}})

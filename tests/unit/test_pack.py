@@ -359,7 +359,9 @@ def test_labels_are_ascending_and_pairs_above_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, sent: signal.Signals) -> None:
     command = [*("-m", "data", "pack", "synthetic", "--out"), str(tmp_path), "--identities", "100000", "--workers", "2"]
+    usual = signal.signal(sent, signal.default_int_handler)  # what is ignored, as in a shell's background, is inherited
     run = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    signal.signal(sent, usual)
     for _ in range(600):
         if any(path.name.startswith(".train.rec") and path.stat().st_size for path in tmp_path.iterdir()):
             break
