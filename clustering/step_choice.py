@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from clustering import step_plain
 from clustering.nearest_choice import say_once, why_not
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepOps:
-    """The functions of `clustering.step_plain`, or kernels that do the same."""
-
-    store: Callable[..., None] = step_plain.store
-    codes: Callable[..., tuple[Tensor, Tensor]] = step_plain.codes
-    move: Callable[..., None] = step_plain.move
-    own: Callable[..., tuple[Tensor, Tensor]] = step_plain.own
-    join: Callable[..., tuple[Tensor, Tensor]] = step_plain.join
-    align: Callable[..., tuple[Tensor, Tensor, Tensor]] = step_plain.align
-
-
-PLAIN = StepOps()
+from clustering.step_plain import PLAIN, StepOps
+from clustering.step_trial import differences
 
 
 def kernel_ops() -> StepOps:
@@ -66,8 +50,6 @@ def _on_gpu(device: torch.device, dim: int) -> StepOps:
 
 def trial(ops: StepOps, device: torch.device, *, rows: int = 300, dim: int = 40) -> str:
     """What `ops` do otherwise than the plain functions on a small problem, in float32 and bf16; empty: nothing."""
-    from clustering.step_trial import differences  # noqa: PLC0415  imports this module
-
     said = []
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 2**-7)):
         found = differences(ops, PLAIN, device, rows=rows, dim=dim, seed=0, dtype=dtype)

@@ -9,6 +9,7 @@ clusters of all ranks, S of this rank, R classes of this rank, X rows of a tenso
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -180,3 +181,18 @@ def align(
     gradient_ND = (cosine_N[:, None] * unit_ND - a_ND) / length_N1 * weight_N[:, None]
     row_N = torch.where(owned_N, class_N * M + best_N, -1)
     return (weight_N * (1 - cosine_N)).sum(), torch.where(row_N < 0, row_N.amax().clamp_min(0), row_N), gradient_ND
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOps:
+    """The functions above, or kernels that do the same."""
+
+    store: Callable[..., None] = store
+    codes: Callable[..., tuple[Tensor, Tensor]] = codes
+    move: Callable[..., None] = move
+    own: Callable[..., tuple[Tensor, Tensor]] = own
+    join: Callable[..., tuple[Tensor, Tensor]] = join
+    align: Callable[..., tuple[Tensor, Tensor, Tensor]] = align
+
+
+PLAIN = StepOps()

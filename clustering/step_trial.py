@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.step_choice import StepOps
-from clustering.step_plain import BankRows, Columns, Moving
+from clustering.step_plain import BankRows, Columns, Moving, StepOps
 
 
 def differences(

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from clustering import step_plain
-from clustering.step_choice import PLAIN, StepOps, kernel_ops, step_ops, trial
+from clustering.step_choice import kernel_ops, step_ops, trial
+from clustering.step_plain import PLAIN, StepOps
 from clustering.step_trial import differences
 from tests.triton_process import Run, needs_triton
 
