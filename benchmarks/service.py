@@ -17,14 +17,14 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from benchmarks.report import facts, publish
-from benchmarks.service_demo import UNTIMED, DemoTimes, demo_times
+from benchmarks.service_demo import UNTIMED, demo_times
 from benchmarks.service_parts import Part, measure_parts
 from configs.schema import ConfigError, TrainConfig
 from training.demo import SMALL, DemoError, Size, pack
@@ -74,14 +74,14 @@ def how_often(shape: Shape) -> dict[str, float]:
     }
 
 
-def _demo_rows(times: DemoTimes) -> list[tuple[str, ...]]:
-    rows = []
-    plain = statistics.fmean(times.plain)
-    for arm, seconds in (("plain", times.plain), ("clusters", times.clusters)):
-        mean, median, largest = statistics.fmean(seconds), statistics.median(seconds), max(seconds)
-        against = f"{100 * (mean / plain - 1):+.1f}%"
-        figures = (f"{1000 * value:.1f}" for value in (mean, median, largest))
-        rows.append(("demo, a step", arm, *figures, f"{largest / median:.2f}", against))
+def step_rows(what: str, seconds: Mapping[str, Sequence[float]], places: int = 1) -> list[tuple[str, ...]]:
+    """A row for each arm, as HEADER names them; the first arm is training without clusters. seconds: of each step."""
+    rows: list[tuple[str, ...]] = []
+    plain = statistics.fmean(next(iter(seconds.values())))
+    for arm, times in seconds.items():
+        mean, median, largest = statistics.fmean(times), statistics.median(times), max(times)
+        figures = (f"{1000 * value:.{places}f}" for value in (mean, median, largest))
+        rows.append((what, arm, *figures, f"{largest / median:.2f}", f"{100 * (mean / plain - 1):+.1f}%"))
     return rows
 
 
@@ -128,8 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if args.only != "parts":
                 with tempfile.TemporaryDirectory() as folder:
                     times = demo_times(args.data, Path(folder), args.epochs, ranks, small=args.small)
-                rows += _demo_rows(times)
-                data.append({"plain": times.plain, "clusters": times.clusters})
+                arms = {"plain": times.plain, "clusters": times.clusters}
+                rows += step_rows("demo, a step", arms)
+                data.append({**arms})
                 about["demo"] = times.words
             if args.only != "demo":
                 shape = Shape()

@@ -12,13 +12,9 @@ Legend: B images of the batch, N all of them, C identities, D embedding size.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +24,7 @@ from torch import Tensor
 
 from backbones import IMAGE_SIZE, build_backbone
 from benchmarks.report import facts, publish
-from benchmarks.service import HEADER
+from benchmarks.service import HEADER, step_rows
 from clustering.service import ClusterService
 from configs.load import load_config
 from configs.schema import ConfigError, RunConfig, TrainConfig
@@ -38,6 +34,7 @@ from partial_fc.head import PartialFCHead
 from training.distributed import Ranks, data_parallel, open_ranks
 from training.optim import build_optimizers
 from training.step import TrainStep
+from training.timing import Stopwatch
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "ms1mv3_r50.yaml"
 _FILLED_AT_ONCE = 1 << 14
@@ -52,37 +49,6 @@ def long_tailed_labels(images: int, classes: int, generator: np.random.Generator
     labels_N = np.concatenate([np.arange(classes), rest]).astype(np.int64)
     generator.shuffle(labels_N)
     return labels_N
-
-
-class Clock(contextlib.AbstractContextManager[None]):
-    """Times of single steps: on GPUs as its stream meets them, so that no step waits for the one before."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self.clear()
-
-    def clear(self) -> None:
-        self._marks: list[Any] = []
-
-    def _mark(self) -> None:
-        if self._cuda:
-            self._marks.append(torch.cuda.Event(enable_timing=True))
-            self._marks[-1].record()
-        else:
-            self._marks.append(time.perf_counter())
-
-    def __enter__(self) -> None:
-        self._mark()
-
-    def __exit__(self, *_: object) -> None:
-        self._mark()
-
-    def seconds(self) -> list[float]:
-        """Of each step since `clear`."""
-        if self._cuda:
-            torch.cuda.synchronize()
-        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
-        return [begin.elapsed_time(end) / 1000 if self._cuda else end - begin for begin, end in pairs]
 
 
 class Arm:
@@ -163,18 +129,18 @@ def measure(config: RunConfig, args: argparse.Namespace, ranks: Ranks) -> tuple[
     # On the device before the first step: copies of memory that is not pinned would make each wait for the one before.
     on_device = zip(labels_N[ids_TB].to(ranks.device), ids_TB.to(ranks.device), strict=True)
     batches = [Batch(pixels.permute(0, 3, 1, 2), labels_B, ids_B) for labels_B, ids_B in on_device]
-    clocks = {name: Clock(ranks.device) for name in arms}
+    watches: dict[str, list[Stopwatch]] = {name: [] for name in arms}  # one a step: none waits for the one before
     names = list(arms)
     for step, batch in enumerate(batches, first):
         if step == first + args.warmup:
-            for name, arm in arms.items():
+            for arm in arms.values():
                 arm.train_step.head_time.take()
                 arm.train_step.cluster_time.take()
-                clocks[name].clear()
         for name in names if step % 2 else reversed(names):  # nobody always comes first
-            with clocks[name]:
+            watches[name].append(Stopwatch(ranks.device))
+            with watches[name][-1]:
                 arms[name].train_step([batch], step=step, lr=1e-3)
-    seconds = {name: clock.seconds() for name, clock in clocks.items()}
+    seconds = {name: [watch.take() for watch in of_arm[args.warmup :]] for name, of_arm in watches.items()}
     head, plain_head, cluster = (
         1000 * watch.take() / args.steps
         for watch in (guided.train_step.head_time, arms["plain"].train_step.head_time, guided.train_step.cluster_time)
@@ -186,16 +152,6 @@ def measure(config: RunConfig, args: argparse.Namespace, ranks: Ranks) -> tuple[
         f"epoch; version {about['clusters/version']:.0f}, ramp {about['clusters/ramp']:g}; head and losses "
         f"{head:.2f} ms a step (plain {plain_head:.2f}), bank, centres and slices {cluster:.2f}"
     )
-
-
-def _rows(seconds: dict[str, list[float]]) -> list[tuple[str, ...]]:
-    plain, rows = statistics.fmean(seconds["plain"]), []
-    for arm, times in seconds.items():
-        mean, median, largest = statistics.fmean(times), statistics.median(times), max(times)
-        figures = (f"{1000 * value:.2f}" for value in (mean, median, largest))
-        against = f"{100 * (mean / plain - 1):+.1f}%"
-        rows.append(("a step", arm, *figures, f"{largest / median:.2f}", against))
-    return rows
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -232,9 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             seconds, about["work"] = measure(config, args, ranks)
     except (ConfigError, ValueError) as error:
         parser.error(str(error))
-    publish(
-        "Cluster service: a step of MS1MV3's size", HEADER, _rows(seconds), about=about, rows=[seconds], out=args.out
-    )
+    rows = step_rows("a step", seconds, 2)
+    publish("Cluster service: a step of MS1MV3's size", HEADER, rows, about=about, rows=[seconds], out=args.out)
     return 0
 
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.step_choice import step_ops
-from clustering.step_plain import TILE_NUMBERS, Columns
+from clustering.step_plain import TILE_NUMBERS, Columns, first_of_each
 from partial_fc.collectives import GatheredBatch, all_reduce_, refuse_second_derivative
 from partial_fc.products import product
 
@@ -41,11 +41,7 @@ class Candidates:
     @classmethod
     def build(cls, *, cluster_S: Tensor, c_SD: Tensor, owner_S: Tensor, weight_S: Tensor) -> Candidates:
         """Columns of the clusters `cluster_S` (int64); a cluster that comes again takes no part a second time."""
-        sorted_S, order_S = cluster_S.sort(stable=True)
-        again_S = torch.zeros_like(sorted_S, dtype=torch.bool)
-        again_S[1:] = sorted_S[1:] == sorted_S[:-1]
-        again_S = torch.empty_like(again_S).scatter_(0, order_S, again_S)
-        owner_S = torch.where(again_S, -1, owner_S)
+        owner_S = torch.where(first_of_each(cluster_S), owner_S, -1)
         owned_S, order_S = owner_S.sort(stable=True)
         counts_X = torch.unique_consecutive(owned_S[owned_S >= 0], return_counts=True)[1]
         most = int(counts_X.max()) if len(counts_X) else 0

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from clustering.nearest_choice import say_once
+from partial_fc.choice import say_once
 from partial_fc.kernel_terms import interpreted
 
 Find = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -172,7 +172,7 @@ def _hopper(device: torch.device, dtype: torch.dtype, dim: int) -> Find | None:
     try:
         from clustering.kernel_nearest_hopper import fits, winners  # noqa: PLC0415  needs a Triton that has Gluon
 
-        if not fits(torch.empty(0, dim, dtype=dtype, device=device)):
+        if not fits(dim, device):
             return None
         wrong = _tried(winners, device, dim)
     except Exception as error:  # of an experimental language, which may fail in any way

@@ -187,10 +187,9 @@ def stages_of(dim: int, shared_bytes: int) -> int:
     return min(_MOST_STAGES, (shared_bytes - _SPARE - points) // (_CENTRES * _COLUMNS * 2))
 
 
-def fits(operand_sD: Tensor) -> bool:
-    """Whether the kernel is made for such centres on a Hopper GPU: bfloat16, D a multiple of 8 up to 512."""
-    D = operand_sD.shape[1]
-    return operand_sD.dtype == torch.bfloat16 and D % 8 == 0 and stages_of(D, _shared_bytes(operand_sD.device)) >= 3
+def fits(dim: int, device: torch.device) -> bool:
+    """Whether the kernel is made for bfloat16 centres of so many numbers: a multiple of 8, up to 512 on an H100."""
+    return dim % 8 == 0 and stages_of(dim, _shared_bytes(device)) >= 3
 
 
 def _shared_bytes(device: torch.device) -> int:
@@ -210,9 +209,9 @@ def winners(
     """Candidates of each point: cosines (b, P L), float32, -inf for none; columns (b, P L), int64; and the largest of
     all other cosines, (b,).
 
-    operand_sD: as `fits` says. hidden_b: int64, a column that does not count, -1 for none. splits: P, at most; chosen
-    if None. The largest is among the
-    candidates; a cosine is off by 3e-5 of itself besides what its operands' rounding does.
+    operand_sD: bfloat16, of a D that `fits`. hidden_b: int64, a column that does not count, -1 for none. splits: P at
+    most; chosen if None. The largest is among the candidates; a cosine is off by 3e-5 of itself besides what its
+    operands' rounding does.
     """
     order_b = hidden_b.argsort()  # so that few tiles have a column to hide
     x_bD = x_bD[order_b].to(torch.bfloat16)

@@ -87,6 +87,16 @@ def _earlier(x, cluster, suspect, k, n, D: tl.constexpr, E: tl.constexpr):
     return found
 
 
+@triton.jit
+def _move_row(rows, place, count, mean_d, momentum, new, D: tl.constexpr, E: tl.constexpr):
+    """Towards the mean, if it is one of the rows here."""
+    d = tl.arange(0, E)
+    if (place >= 0) & (place < count):
+        old_d = tl.load(rows + place * D + d, mask=d < D, other=0.0)
+        moved_d = _unit_or(momentum * old_d + new * mean_d, old_d)
+        tl.store(rows + place * D + d, moved_d, mask=d < D)
+
+
 @triton.jit(do_not_specialize=["N", "first_cluster", "S", "first_class", "R"])
 def _move_kernel(
     x, cluster, suspect, class_of, centres, anchors, N, first_cluster, S, first_class, R, momentum, new,
@@ -110,17 +120,10 @@ def _move_kernel(
                                 total_d += x_d
                                 count += 1
             mean_d = tl.div_rn(total_d, tl.zeros([E], tl.float32) + tl.cast(count, tl.float32))
-            place = k - first_cluster
-            if (place >= 0) & (place < S):
-                old_d = tl.load(centres + place * D + d, mask=d < D, other=0.0)
-                moved_d = _unit_or(momentum * old_d + new * mean_d, old_d)
-                tl.store(centres + place * D + d, moved_d, mask=d < D)
+            _move_row(centres, k - first_cluster, S, mean_d, momentum, new, D, E)
             matched = tl.load(class_of + k)
-            place = matched - first_class
-            if (matched >= 0) & (place >= 0) & (place < R):
-                old_d = tl.load(anchors + place * D + d, mask=d < D, other=0.0)
-                moved_d = _unit_or(momentum * old_d + new * mean_d, old_d)
-                tl.store(anchors + place * D + d, moved_d, mask=d < D)
+            if matched >= 0:
+                _move_row(anchors, matched - first_class, R, mean_d, momentum, new, D, E)
 
 
 def store(bank: BankRows, x_ND: Tensor, ids_N: Tensor, labels_N: Tensor, momentum: float) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import warnings
 
 import torch
 from torch import Tensor
 
 from configs.head import Impl
-from partial_fc.choice import KernelFallbackWarning
+from partial_fc.choice import say_once
 from partial_fc.kernel_terms import interpreted
 from partial_fc.kernels import MIN_CAPABILITY
 
@@ -46,9 +44,3 @@ def why_not(centres_SD: Tensor) -> str:
     if capability < MIN_CAPABILITY:
         return "compute capability {}.{} of the GPU is below {}.{}".format(*capability, *MIN_CAPABILITY)
     return ""
-
-
-@functools.cache
-def say_once(text: str) -> None:
-    """A KernelFallbackWarning."""
-    warnings.warn(text, KernelFallbackWarning, 2)

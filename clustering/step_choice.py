@@ -7,9 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
-from clustering.nearest_choice import say_once, why_not
+from clustering.nearest_choice import why_not
 from clustering.step_plain import PLAIN, StepOps
 from clustering.step_trial import differences
+from partial_fc.choice import say_once
 
 
 def kernel_ops() -> StepOps:

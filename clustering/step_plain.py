@@ -59,6 +59,20 @@ class Moving:
     """int64, on every rank: the class matched to the cluster, -1 for none."""
 
 
+def sorted_runs(values_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values in rising order, where each stood, and whether it is the first of its equals, bool (N,). No host sync."""
+    sorted_N, order_N = values_N.sort(stable=True)
+    starts_N = torch.ones_like(sorted_N, dtype=torch.bool)
+    starts_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    return sorted_N, order_N, starts_N
+
+
+def first_of_each(values_N: Tensor) -> Tensor:
+    """True at the first place of every distinct value, bool (N,). No host sync."""
+    _, order_N, starts_N = sorted_runs(values_N)
+    return torch.empty_like(starts_N).scatter_(0, order_N, starts_N)
+
+
 def store(bank: BankRows, x_ND: Tensor, ids_N: Tensor, labels_N: Tensor, momentum: float) -> None:
     """Rows of the batch that lie here into the bank: those with a label whose numbers are all finite.
 
@@ -94,9 +108,7 @@ def move(moving: Moving, x_ND: Tensor, cluster_N: Tensor, suspect_N: Tensor, mom
     """
     m = moving
     cluster_N = torch.where(suspect_N | ~x_ND.isfinite().all(1), -1, cluster_N)
-    sorted_N, order_N = cluster_N.sort(stable=True)
-    starts_N = torch.ones_like(sorted_N, dtype=torch.bool)
-    starts_N[1:] = sorted_N[1:] != sorted_N[:-1]
+    sorted_N, order_N, starts_N = sorted_runs(cluster_N)
     segment_N = starts_N.cumsum(0) - 1
     mean_ND = torch.zeros_like(x_ND).index_add_(0, segment_N, x_ND[order_N])
     count_N = torch.zeros_like(x_ND[:, 0]).index_add_(0, segment_N, torch.ones_like(x_ND[:, 0]))
@@ -164,10 +176,7 @@ def align(
     """
     R = len(anchor_RD)
     M = len(weight_XD) // R
-    sorted_N, order_N = labels_N.sort(stable=True)
-    first_N = torch.ones_like(sorted_N, dtype=torch.bool)
-    first_N[1:] = sorted_N[1:] != sorted_N[:-1]
-    distinct_N = torch.empty_like(first_N).scatter_(0, order_N, first_N) & (labels_N >= 0)
+    distinct_N = first_of_each(labels_N) & (labels_N >= 0)
     class_N = labels_N - first_class
     owned_N = distinct_N & (class_N >= 0) & (class_N < R)
     class_N = torch.where(owned_N, class_N, 0)

@@ -24,10 +24,11 @@ def differences(
     seed: int,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Largest difference of each result, by name; NaN where one has it and the other not.
+    """Largest difference of each result, as a share of its largest number or of 1, by name; infinite where one is NaN.
 
-    Rows without a label, with ids of no sample, of other ranks, not finite, suspect, without a cluster, and of classes
-    that come twice, that own several clusters or none, are among them; so are rows and centres of zeros.
+    dtype: of bank and weight. Among the rows are ones without a label, with ids of no sample, of other ranks, not
+    finite, suspect, without a cluster, and of classes that come twice, that own several clusters or none; rows and
+    centres of zeros too.
     """
     with torch.autocast(device.type, enabled=False):
         return _differences(ops, other, _Problem(rows, dim, seed, device, dtype))
@@ -51,7 +52,7 @@ def _largest(a: Tensor, b: Tensor) -> float:
 class _Problem:
     def __init__(self, rows: int, dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.device, self.classes, self.clusters, self.first_class, self.first_cluster = device, 12, 16, 3, 2
+        self.classes, self.clusters, self.first_class, self.first_cluster = 12, 16, 3, 2
 
         def unit(*shape: int) -> Tensor:
             return F.normalize(torch.randn(*shape, generator=generator), dim=-1)

@@ -25,12 +25,11 @@ def runs_kernels(impl: Impl, x_ND: Tensor, w_RD: Tensor, *, subcentres: int, neg
         return False
     reason = why_not(x_ND, w_RD, subcentres=subcentres, negatives=negatives)
     if reason:
-        _say_once(reason)
+        say_once(f"the Triton kernels cannot run: {reason}; the torch implementation runs instead")
     return not reason
 
 
 @functools.cache
-def _say_once(reason: str) -> None:
-    warnings.warn(
-        f"the Triton kernels cannot run: {reason}; the torch implementation runs instead", KernelFallbackWarning, 2
-    )
+def say_once(text: str) -> None:
+    """A KernelFallbackWarning."""
+    warnings.warn(text, KernelFallbackWarning, 2)

@@ -78,8 +78,7 @@ def chosen_margins(results: Sequence[Result], tier: str) -> dict[tuple[str, str,
 def final_runs(
     tier: str, kinds: Sequence[str], cells: Sequence[str], arms: Sequence[str], margins: Margins, seeds: Sequence[int]
 ) -> list[Run]:
-    """Seed by seed: an experiment that is broken off has compared the same seeds for
-    every arm.
+    """Seed by seed: an experiment that is broken off has compared the same seeds for every arm.
 
     Raises KeyError where an arm has no margin yet.
     """

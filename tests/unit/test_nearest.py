@@ -12,11 +12,11 @@ from torch import Tensor
 
 from clustering import nearest, nearest_projection
 from clustering.nearest import Nearest, _folded, columns_of, row_dots
-from clustering.nearest_choice import runs_kernel, say_once, why_not
+from clustering.nearest_choice import runs_kernel, why_not
 from clustering.nearest_pairs import quieten
 from clustering.nearest_projection import Projection, Sample, choose, find_, random_basis, subspaces
 from clustering.projected import CodedProjections, PlainProjections, project_points
-from partial_fc.choice import KernelFallbackWarning
+from partial_fc.choice import KernelFallbackWarning, say_once
 from tests import nearest_cases
 from tests.nearest_cases import BF16, CASES, FP32, Case, unit
 from tests.triton_process import Run, needs_triton
