@@ -92,7 +92,9 @@ def test_a_step_of_a_small_set_is_timed_with_and_without(tmp_path: Path, capsys:
     assert "+0.0%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", [["--classes", "1"], ["--images", "5", "--classes", "9"], ["--steps", "0"]])
+@pytest.mark.parametrize(
+    "wrong", [["--classes", "1"], ["--images", "5", "--classes", "9"], ["--steps", "0"], ["--warmup", "-1"]]
+)
 def test_sizes_that_cannot_be_are_refused(wrong: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         service_step.main([*wrong, "--device", "cpu"])
