@@ -172,12 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
     args = parser.parse_args(arguments)
-    if min(args.batch, args.steps, args.classes - 1, args.warmup + 1) < 1 or args.images < max(
-        args.classes, args.batch
-    ):
-        parser.error(
-            "expected at least 2 classes, a batch of 1, 1 step and 0 of warm-up, and as many images as classes and a batch"
-        )
+    if min(args.batch, args.steps, args.classes - 1, args.warmup + 1) < 1:
+        parser.error("expected at least 2 classes, a batch of 1, 1 step and a warm-up of 0")
+    if args.images < max(args.classes, args.batch):
+        parser.error("expected as many images as classes, and as a batch")
     try:
         with open_ranks(TrainConfig(device=args.device)) as ranks:
             config = load_config(
