@@ -93,7 +93,8 @@ class _Aligned(torch.autograd.Function):
         refuse_second_derivative()
         row_N, gradient_ND = ctx.saved_tensors
         values_ND = (grad * gradient_ND).to(ctx.dtype)
-        return torch.sparse_coo_tensor(row_N[None], values_ND, ctx.size, check_invariants=False), None, None, None, None
+        with torch.sparse.check_sparse_tensor_invariants(False):  # the argument alone leaves a warning
+            return torch.sparse_coo_tensor(row_N[None], values_ND, ctx.size), None, None, None, None
 
 
 def alignment_loss(batch: GatheredBatch, weight_XD: Tensor, anchor_CD: Tensor, f_C: Tensor, first_class: int) -> Tensor:

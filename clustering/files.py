@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering.nearest import row_dots
+from clustering.float64_rows import row_dots
 from clustering.parts import PartFiles
 from clustering.together import raise_together
 from partial_fc.collectives import all_reduce_

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clustering.float64_rows import row_dots
 from clustering.hardness import CountTable
-from clustering.nearest import row_dots
 from clustering.shards import add_rows_
 
 AT_HOME = 32

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from clustering.bounds import FAR, angles_at_least, angles_at_most, best_threshold, passing_counts, thresholds
 from clustering.codes import CodedCentres, can_code
+from clustering.float64_rows import row_dots
 from clustering.lloyd_checks import agree, problem_of_rows
 from clustering.lloyd_codes import PointCodes, codes_pay
 from clustering.lloyd_projection import Projections
-from clustering.nearest import NONE, Nearest, nearest_, row_dots, tolerance
+from clustering.nearest import NONE, Nearest, nearest_, tolerance
 from clustering.nearest_pairs import quieten
 from clustering.nearest_projection import Projection, Sample, find_
 from clustering.projected import ProjectedCentres

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering.nearest import row_dots
+from clustering.float64_rows import move_, row_dots
 from clustering.rows import Rows
 from clustering.shards import sum_rows_
 from sharding import all_shards
 
-_AT_ONCE = {"cpu": 256, "cuda": 1 << 16}
+_AT_ONCE = {"cpu": 256, "cuda": 1 << 17}
 _LEVELS = 1 << 32
 """Of a cosine in a sum over points: 2^30 points fit int64."""
 
@@ -55,9 +55,8 @@ class ClusterSums:
             leaves_Q = (old_Q >= shard.start) & (old_Q < shard.stop)
             enters_Q = (new_Q >= shard.start) & (new_Q < shard.stop)
             for part_q in (leaves_Q | enters_Q).nonzero()[:, 0].split(_AT_ONCE[sums_SD.device.type]):
-                x_qD = rows.take(point_Q[part_q]).double().add_(self._rounder).sub_(self._rounder)
-                _add_(sums_SD, old_Q[part_q] - shard.start, x_qD, leaves_Q[part_q], -1)
-                _add_(sums_SD, new_Q[part_q] - shard.start, x_qD, enters_Q[part_q], 1)
+                old_q, new_q = old_Q[part_q] - shard.start, new_Q[part_q] - shard.start
+                move_(sums_SD, rows.take(point_Q[part_q]), old_q, new_q, self._rounder)
             if not alone:
                 sum_rows_(sums_SD, rank, self._group)
                 if rank == self._rank:
@@ -69,10 +68,3 @@ class ClusterSums:
         length_S1 = row_dots(self._sums_SD, None, self._sums_SD, row_S).sqrt()[:, None]
         defined_S1 = (counts_S > 0)[:, None] & (length_S1 > 0)
         return torch.where(defined_S1, (self._sums_SD / length_S1).float(), otherwise_SD)
-
-
-def _add_(sums_SD: Tensor, row_q: Tensor, x_qD: Tensor, takes_part_q: Tensor, sign: int) -> None:
-    if bool(takes_part_q.all()):
-        sums_SD.index_add_(0, row_q, x_qD, alpha=sign)
-    elif bool(takes_part_q.any()):
-        sums_SD.index_add_(0, row_q[takes_part_q], x_qD[takes_part_q], alpha=sign)

@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clustering.float64_rows import row_dots
 from partial_fc.products import product
 
 NONE = float("-inf")
-_DOTS_ON_GPU = 1 << 16
-_DOTS_AT_ONCE = 256
-"""Rows of float64 that stay in a CPU core's cache."""
 _TILE = {"cpu": (512, 512), "cuda": (8192, 8192)}
 """Points and centres of a tile: 1 MB of float32 on CPUs, for each thread; 256 MB on GPUs."""
 _CROWD = {"cpu": 1 << 20, "cuda": 1 << 27}
@@ -81,33 +79,6 @@ class Nearest:
         self.second_b.scatter_reduce_(0, row_q[loses_q], cosine_q[loses_q].float(), "amax")
         row_b = (index_b != last).nonzero()[:, 0]
         self.offer_(row_b, index_b[row_b], best_b[row_b])
-
-
-def row_dots(a_XD: Tensor, row_q: Tensor | None, b_YD: Tensor, other_q: Tensor) -> Tensor:
-    """Dot products a[row_q] . b[other_q], float64 (q,); all rows of a in order if row_q is None.
-
-    A pair has the same bits whatever other pairs there are. Products of float32 numbers are exact in float64, so what
-    is left is rounding of 1e-16 a sum.
-    """
-    if a_XD.is_cuda:
-        row_q = torch.arange(len(a_XD), device=a_XD.device) if row_q is None else row_q
-        halves = zip(row_q.split(_DOTS_ON_GPU), other_q.split(_DOTS_ON_GPU), strict=True)
-        return torch.cat([_folded(a_XD[row_p].double() * b_YD[other_p]) for row_p, other_p in halves])
-    parts = []
-    for start in range(0, len(other_q), _DOTS_AT_ONCE):
-        part = slice(start, start + _DOTS_AT_ONCE)
-        a_qD = a_XD[part] if row_q is None else a_XD.index_select(0, row_q[part])
-        parts.append((a_qD.double() * b_YD.index_select(0, other_q[part])).sum(1))  # row by row on CPUs
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
-
-
-def _folded(values_qD: Tensor) -> Tensor:
-    """Sums of rows in an order that D alone decides: a GPU's own sum may cut few rows otherwise than many."""
-    while (D := values_qD.shape[1]) > 1:
-        half = D // 2
-        folded = values_qD[:, :half] + values_qD[:, half : 2 * half]
-        values_qD = torch.cat([folded, values_qD[:, 2 * half :]], dim=1) if D % 2 else folded
-    return values_qD[:, 0]
 
 
 def top_two(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

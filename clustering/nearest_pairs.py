@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from clustering.nearest import Nearest, row_dots, tolerance
+from clustering.float64_rows import row_dots
+from clustering.nearest import Nearest, tolerance
 
 
 def quieten() -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from clustering.nearest import row_dots
+from clustering.float64_rows import row_dots
 
 
 class Rows(Protocol):

@@ -31,9 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clustering.float64_rows import row_dots
 from clustering.kmeans import FIT_LEVELS, fit_level
 from clustering.lloyd_repair import gather_rows
-from clustering.nearest import row_dots
 from clustering.rows import Rows
 from clustering.shards import FIXED_ONE, show_rows
 from partial_fc.collectives import all_reduce_

@@ -184,7 +184,8 @@ def _materialise(gradient: CentreGradient, w_RD: Tensor) -> Tensor:
     rows_S = (classes_S[:, None] * K + torch.arange(K, device=classes_S.device)).flatten()
     grad_SD = grad_SD[: len(rows_S)]
     if settings.sparse_gradient:
-        return torch.sparse_coo_tensor(rows_S[None], grad_SD, w_RD.shape, is_coalesced=True, check_invariants=False)
+        with torch.sparse.check_sparse_tensor_invariants(False):  # the argument alone leaves a warning
+            return torch.sparse_coo_tensor(rows_S[None], grad_SD, w_RD.shape, is_coalesced=True)
     return torch.zeros_like(w_RD).index_copy_(0, rows_S, grad_SD)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from clustering import kernel_nearest
 from clustering.lloyd import Lloyd
-from clustering.nearest import row_dots
 from clustering.rows import TensorRows
 from tests import nearest_cases
 from tests.dist.test_lloyd import CASES as LLOYD_CASES
@@ -76,14 +75,6 @@ def test_ties_go_to_the_smaller_cluster_in_any_order_of_tiles(kernel: bool, dtyp
 @pytest.mark.parametrize("kernel", [False, True])
 def test_data_that_has_collapsed_is_told_apart_exactly(kernel: bool, dtype: torch.dtype, D: int) -> None:
     nearest_cases.check_collapsed("cuda", kernel, dtype, D)
-
-
-@pytest.mark.parametrize("D", [1, 7, 123, 512])
-def test_a_dot_product_has_the_same_bits_among_others_as_alone(D: int) -> None:
-    x_XD, row_q = unit(3000, D, seed=1).cuda(), torch.arange(3000, device="cuda")
-    together_q = row_dots(x_XD, row_q, x_XD, row_q.flip(0))
-    alone_q = [row_dots(x_XD, row_q[i : i + 1], x_XD, row_q.flip(0)[i : i + 1]) for i in range(0, 3000, 97)]
-    assert torch.equal(together_q[::97], torch.cat(alone_q))
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clustering import nearest, nearest_projection
-from clustering.nearest import Nearest, _folded, columns_of, row_dots
+from clustering.nearest import Nearest, columns_of
 from clustering.nearest_choice import runs_kernel, why_not
 from clustering.nearest_pairs import quieten
 from clustering.nearest_projection import Projection, Sample, choose, find_, random_basis, subspaces
@@ -175,19 +175,6 @@ def test_the_kernel_runs_where_it_is_asked_for_and_can() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert not runs_kernel("triton", centres_SD)
-
-
-@pytest.mark.parametrize("D", [1, 7, 123, 512])
-def test_a_dot_product_has_the_same_bits_among_others_as_alone(D: int) -> None:
-    x_XD, y_YD = unit(300, D, seed=1), unit(50, D, seed=2)
-    row_q, other_q = torch.arange(300), torch.arange(300) % 50
-    together_q = row_dots(x_XD, row_q, y_YD, other_q)
-    alone_q = torch.cat([row_dots(x_XD, row_q[i : i + 1], y_YD, other_q[i : i + 1]) for i in range(300)])
-    assert torch.equal(together_q, alone_q)
-    assert torch.equal(row_dots(x_XD, None, y_YD, other_q), together_q)
-    assert row_dots(x_XD[:0], None, y_YD, other_q[:0]).shape == (0,)
-    torch.testing.assert_close(together_q, (x_XD.double() * y_YD[other_q].double()).sum(1), rtol=0, atol=1e-15)
-    torch.testing.assert_close(_folded(x_XD.double()), x_XD.double().sum(1), rtol=0, atol=1e-14)
 
 
 def test_places_of_clusters_in_a_tile() -> None:
