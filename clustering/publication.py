@@ -42,8 +42,8 @@ class Publication:
     """`advance()` does the next stage; after the last one `published` is there, unless something failed here.
 
     Collectives of all stages: all-reduces of one int64 a cluster (a few, and two a round of the matching), of five
-    float64 a class, one int32 a sample, one float64 a cluster and the table of neighbours; a broadcast of every rank's
-    centres, one more of its anchors with neighbours.
+    float64 a class, of a few numbers, of one int32 a sample, of one float64 a cluster and of the table of neighbours; a
+    broadcast of every rank's centres, one more of its anchors with neighbours.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Publication:
         self._weight_K = torch.zeros(run.num_clusters, dtype=torch.float64, device=device)
         self._numbers_5R = torch.zeros(5, shard.size, dtype=torch.float64, device=device)
         self._moved = torch.zeros((), dtype=torch.int64, device=device)
+        self._kept_2 = torch.zeros(2, dtype=torch.int64, device=device)  # of the last suspects: still so, all
         self._nearest = NearestClasses(
             num_rows=shard.size,
             first_class=shard.start,
@@ -133,6 +134,7 @@ class Publication:
     def _levels_and_margins(self) -> None:
         self._guard.run("hard levels", self._measure, None)
         numbers_5C = of_all_classes(self._numbers_5R, self._bank.shard, self._num_classes, self._group)
+        all_reduce_(self._kept_2, self._group)
         self._guard.run("margins", lambda: self._judge(numbers_5C), None)
 
     def _measure(self) -> None:
@@ -146,6 +148,8 @@ class Publication:
         suspects_R.copy_(torch.bincount(self._row_P[suspect_P], minlength=R))
         if self._previous is not None:
             former_R.copy_(self._previous.hard_R)
+            before_P = self._previous.code_I[self._bank.sample_P] < 0
+            self._kept_2.copy_(torch.stack([(before_P & suspect_P).sum(), before_P.sum()]))
 
     def _judge(self, numbers_5C: Tensor) -> None:
         """Hard levels and margins of all classes, the same arithmetic on the same numbers on every rank."""
@@ -154,8 +158,10 @@ class Publication:
         if self._previous is not None:
             hard_C = torch.lerp(hard_C, former_C, c.hard_level_momentum)
         suspects = suspects_C.sum()
-        enough = suspects >= c.drop_from * (suspects + n_C.sum())
-        self._drops = enough & (suspects > 0) if c.drop_suspects else torch.zeros_like(enough)
+        still, before = self._kept_2
+        enough = (suspects >= c.drop_from * (suspects + n_C.sum())) & (suspects > 0)
+        sure = still >= c.drop_kept * before.clamp_min(1)  # never of a first version
+        self._drops = enough & sure & c.drop_suspects
         # Suspects that the margin softmax sees, at the smallest margin.
         trained = torch.where(self._drops, 0, suspects)
         if c.margin_rule == "kappaface":
@@ -268,6 +274,7 @@ class Publication:
         numbers = {
             "seen": seen / max(1, num_samples),
             "suspects": suspects / max(1, seen),
+            "suspects_kept": int(self._kept_2[0]) / max(1, int(self._kept_2[1])),
             "drops_suspects": float(self._drops),
             "moved": int(self._moved) / max(1, seen),
             "purity": float(self._largest_K.sum()) / total,

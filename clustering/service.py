@@ -87,6 +87,8 @@ class ClusterService:
         self.clusters = shard_of(dist.get_rank(group), dist.get_world_size(group), self.num_clusters)
         self.schedule = RefreshSchedule.of(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)
         self.margins_C = torch.full((self.classes.size,), margin, device=device)
+        self._smallest = torch.tensor(margin, device=device)
+        self._margins_of = (0, 0.0)  # version and ramp
         self.failed_refreshes = 0
         self._refresh: Refresh | None = None
         self._pace = Pace(config.step_budget, stopwatch)
@@ -124,8 +126,7 @@ class ClusterService:
         plain_N = torch.full_like(batch.x_ND[:, 0], self.margin, requires_grad=False)
         if self._published is None or not self.classes.size:
             return plain_N
-        smallest = ramped(self._published.smallest, self.margin, self.ramp(self._done))
-        return self._published.row_margins(batch, plain_N, self.margins_C, smallest, self.classes.start)
+        return self._published.row_margins(batch, plain_N, self.margins_C, self._smallest, self.classes.start)
 
     def for_head(self, batch: GatheredBatch) -> GatheredBatch:
         """The batch as the margin softmax takes it: labels of suspects are -1, if the version drops them, while
@@ -239,8 +240,11 @@ class ClusterService:
         self._candidates = published.candidates(self.clusters)
 
     def _set_margins(self) -> None:
-        if self._published is not None:
-            self.margins_C = ramped(self._published.margin_R, self.margin, self.ramp(self._done))
+        ramp = self.ramp(self._done)
+        if self._published is not None and self._margins_of != (self.version, ramp):
+            self.margins_C = ramped(self._published.margin_R, self.margin, ramp)
+            self._smallest = ramped(self._published.smallest, self.margin, ramp)
+            self._margins_of = (self.version, ramp)
 
     # ---- reported ----------------------------------------------------------------------------------------------
 
@@ -309,6 +313,8 @@ class ClusterService:
         self._pace.load_state_dict(state["pace"])
         self._published = self._candidates = self._refresh = None
         self.margins_C = torch.full_like(self.margins_C, self.margin)
+        self._smallest = torch.full_like(self._smallest, self.margin)
+        self._margins_of = (0, 0.0)
         if state["published"] is not None:
             if "drops_suspects" not in state["published"]:
                 raise ClusterStateError("saved clusters are of an earlier version of this program: start a new run")

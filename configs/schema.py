@@ -102,6 +102,8 @@ class ClusteringConfig:
     """Leave samples that look mislabelled out of the margin softmax too, once the ramp has begun."""
     drop_from: float = 0.05
     """But only if they are at least this share of the samples: the few that clean data has are hard, not wrong."""
+    drop_kept: float = 0.4
+    """And if this share of the last version's suspects or more still are: of embeddings that know little they change."""
     warmup_fraction: float = 0.2
     """Share of all steps trained as plain ArcFace."""
     ramp_fraction: float = 0.1
@@ -131,7 +133,8 @@ class ClusteringConfig:
         require(self.iterations >= 1, at + "iterations", self.iterations, "at least 1")
         require(self.refresh_epochs > 0, at + "refresh_epochs", self.refresh_epochs, "more than 0")
         require(0 < self.refresh_span <= 1, at + "refresh_span", self.refresh_span, "0 < span <= 1")
-        require(0 <= self.drop_from <= 1, at + "drop_from", self.drop_from, "0 to 1")
+        for name in ("drop_from", "drop_kept"):
+            require(0 <= getattr(self, name) <= 1, at + name, getattr(self, name), "0 to 1")
         require(self.block >= 1, at + "block", self.block, "at least 1")
         require(0 <= self.step_budget < 1, at + "step_budget", self.step_budget, "0 (no limit) to below 1")
         for name in ("bank_momentum", "centre_momentum", "hard_level_momentum"):

@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from partial_fc import tiles
 from partial_fc.kernel_gradient import chunk_sums
 from partial_fc.kernel_parts import MIN_NORM, ROW_BLOCK, ROW_WARPS, length, on_device, tile_rows
 from partial_fc.kernel_terms import AdamW, CosineGradient, Sgd
@@ -106,6 +105,20 @@ def _step_kernel(
         _store(w + at_cE, new_cE, mask_cE, random_cE & 0xFFFF)
 
 
+@triton.jit(do_not_specialize=["start", "stop"])
+def _extra_kernel(w, row, place, values, sums, start, stop, D: tl.constexpr, E: tl.constexpr):
+    """Rows of another loss's gradient to the chunk's sums. These are of unit centres' gradients: the step divides by
+    the length again."""
+    r = tl.program_id(0).to(tl.int64)
+    at = tl.load(place + r)
+    if (at >= start) & (at < stop):
+        d = tl.arange(0, E)
+        w_d = tl.load(w + tl.load(row + r) * D + d, mask=d < D, other=0.0).to(tl.float32)
+        norm = tl.maximum(tl.sqrt_rn(tl.sum(w_d * w_d, axis=0)), MIN_NORM)
+        values_d = tl.load(values + r * D + d, mask=d < D, other=0.0).to(tl.float32)
+        tl.atomic_add(sums + (at - start) * E + d, values_d * norm, mask=d < D, sem="relaxed")
+
+
 _NUMBERS = ("lr", "decay", "beta1", "beta2", "new1", "new2", "log_beta1", "log_beta2", "eps")
 
 
@@ -138,13 +151,14 @@ def _walk(
     S = C if rows_S is None else len(rows_S)
     if S == 0:
         return
+    row_R, values_RD = (None, None) if extra is None else (extra[0].contiguous(), extra[1].contiguous())
+    place_R = None if row_R is None else _places(row_R, rows_S)
     with on_device(w_CD):
         for start, stop, sums_cE in chunk_sums(batches, rows_S):
-            if extra is not None:
-                # The sums are of unit centres' gradients: the length is divided out again by the step.
-                tile = tiles.Tile(start, stop, None if rows_S is None else rows_S[start:stop], True)
-                length_R = w_CD[extra[0]].float().norm(dim=1).clamp_min(tiles.MIN_NORM)
-                tile.add_rows(sums_cE[:, :D], extra[0], extra[1].float() * length_R[:, None], 1)
+            if row_R is not None and len(row_R):
+                _extra_kernel[(len(row_R),)](
+                    w_CD, row_R, place_R, values_RD, sums_cE, start, stop, D=D, E=sums_cE.shape[1], num_warps=1
+                )
             _step_kernel[(triton.cdiv(stop - start, ROW_BLOCK),)](
                 w=w_CD,
                 rows=rows_S,
@@ -158,6 +172,14 @@ def _walk(
                 num_warps=ROW_WARPS,
                 **arguments,
             )
+
+
+def _places(row_R: Tensor, rows_S: Tensor | None) -> Tensor:
+    """Of rows of the weight among those that take part, int64 (R,); -1 for one that does not."""
+    if rows_S is None:
+        return row_R
+    place_R = torch.searchsorted(rows_S, row_R).clamp_max(len(rows_S) - 1)
+    return torch.where(rows_S[place_R] == row_R, place_R, -1)
 
 
 def gradient(batches: Sequence[CosineGradient], rows_S: Tensor | None) -> Tensor:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say_margins(read_results(args.lines), args.tier)
         elif args.command == "run":
             margins = plan.chosen_margins(results, args.tier)
-            seeds = _seeds(args)[: args.seeds]
+            seeds = plan.seeds_of(args.round)[: args.seeds]
             runs = plan.final_runs(args.tier, args.kinds, args.cells, args.only, margins, seeds)
             execute(runs, folder=args.folder, file=args.lines, jobs=args.jobs)
         else:
@@ -70,10 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _seeds(args: argparse.Namespace) -> tuple[int, ...]:
-    return plan.FRESH_SEEDS if args.fresh else plan.SEEDS
-
-
 def _say_margins(results: Sequence[Result], tier: str) -> None:
     for (kind, cell, arm), margin in plan.chosen_margins(results, tier).items():
         print(f"{kind}, {cell}: {arm} takes margin {margin:g}")
@@ -84,13 +80,17 @@ def _report(results: Sequence[Result], args: argparse.Namespace, arguments: Sequ
     pools = sorted({f"{result['kind']} {result['pool']}" for result in results if result["tier"] == args.tier})
     about["pools"] = ", ".join(pools)
     about["arms"] = "; ".join(f"{name}: {arm.about}" for name, arm in TIERS[args.tier].arms.items())
-    cells = {key: arms for key, arms in tables.group(results, args.tier, _seeds(args)).items() if key[1] in args.cells}
+    cells = {
+        key: arms
+        for key, arms in tables.group(results, args.tier, plan.seeds_of(args.round)).items()
+        if key[1] in args.cells
+    }
     if not cells:
         raise LinesError(
             f"{args.lines}: expected runs on {args.tier} in {', '.join(args.cells)}, got none: "
             f"`python -m {_MODULE} run` makes them; {args.out} stays as it is"
         )
-    lines = tables.fresh_answers(cells) if args.fresh else tables.answers(cells, args.tier)
+    lines = tables.fresh_answers(cells) if args.round else tables.answers(cells, args.tier)
     tables.write(cells, args.tier, about, lines, args.out)
     for line in lines:
         print(line)
@@ -107,10 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(plan.PRIMARY_CELLS), metavar="CELL")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="default all of the tier")
     parser.add_argument(
-        "--seeds", type=int, default=len(plan.SEEDS), help="run: only so many; default all, for answers"
+        "--seeds", type=int, default=len(plan.seeds_of(0)), help="run: only so many; default all, for answers"
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="run, report: seeds for what was changed after the answers"
+        "--round",
+        type=int,
+        choices=(0, *plan.ROUNDS),
+        default=0,
+        help="run, report: of questions, each on its own seeds",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each; default 1")
     parser.add_argument("--folder", type=Path, default=Path("runs/experiments"), help="of images and features")

@@ -29,6 +29,7 @@ _OFF: dict[str, Any] = {
     "noise_gap": 0.0,
     "drop_suspects": False,
     "drop_from": 0.0,
+    "drop_kept": 0.0,
     "bank_momentum": 0.5,
 }
 
@@ -40,6 +41,8 @@ class Arm:
     about: str
     margins: tuple[float, ...]
     recipe: Callable[[float], Recipe]
+    like: str = ""
+    """Another arm, whose margins it takes without tries of its own."""
 
 
 def _arcface(margin: float, **head: Any) -> Recipe:
@@ -65,6 +68,7 @@ _DROP: dict[str, Any] = {**_GATE, "drop_suspects": True}
 _PULL: dict[str, Any] = {"contrastive_weight": 0.5}
 _ALIGN: dict[str, Any] = {"alignment_weight": 0.1}
 SURE = "full, sure"
+AGREED = "full, agreed"
 """What the defaults of configs/schema.py are."""
 _FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
 
@@ -89,6 +93,12 @@ def arms_of(margins: tuple[float, ...]) -> dict[str, Arm]:
         "pull, align": Arm("contrastive and alignment losses", margins, _clusters(**_GATE, **_PULL, **_ALIGN)),
         "full": Arm("drop, pull, align and larger margins for hard classes", margins, _clusters(**_FULL)),
         SURE: Arm("the same, but drops from a share of 5% on", margins, _clusters(**{**_FULL, "drop_from": 0.05})),
+        AGREED: Arm(
+            "the same, if two fifths of the last version's suspects still are as well",
+            margins,
+            _clusters(**{**_FULL, "drop_from": 0.05, "drop_kept": 0.4}),
+            like="full",
+        ),
         "full, one margin": Arm("the same with one margin for all", margins, _clusters(**{**_FULL, "direction": 0})),
         "full, levels shuffled": Arm(
             "placebo: the hard level of another class", margins, _clusters("shuffled levels", **_FULL)

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.arms import AGAINST, SURE, is_arcface
+from benchmarks.experiments.arms import AGAINST, AGREED, SURE, is_arcface
 from benchmarks.experiments.plan import (
-    FRESH_SEEDS,
     PRIMARY_CELLS,
-    SEEDS,
     WORSE_AT_MOST,
     chosen_margins,
+    seeds_of,
     tuned_in,
 )
 from benchmarks.experiments.runs import Result
@@ -40,7 +39,7 @@ _PANELS = 4
 By_arm = dict[str, dict[int, Result]]
 
 
-def group(results: Sequence[Result], tier: str, seeds: Sequence[int] = SEEDS) -> dict[tuple[str, str], By_arm]:
+def group(results: Sequence[Result], tier: str, seeds: Sequence[int] = seeds_of(0)) -> dict[tuple[str, str], By_arm]:
     """(kind, cell) to arm to seed to its result; these seeds at the chosen margin alone."""
     cells: dict[tuple[str, str], By_arm] = {}
     margins = chosen_margins(results, tier)
@@ -103,17 +102,18 @@ def _suspects(results: Sequence[Result]) -> str:
 
 
 def fresh_answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
-    """Of the runs on fresh seeds: does what was changed do harm on clean data, against the ArcFace that ran there?"""
+    """Of a later round's runs: does what was changed do harm on clean data, against the ArcFace that ran there?"""
     lines = []
     for (kind, cell), arms in sorted(cells.items()):
         best = best_arcface(arms)
-        if cell == PRIMARY_CELLS[1] and best and (found := paired(arms, SURE, best)):
-            said = "no" if found.mean >= -WORSE_AT_MOST else "yes"
-            count = len(arms[SURE].keys() & arms[best].keys())
-            lines.append(
-                f"{kind}, {cell}, {count} of {len(FRESH_SEEDS)} fresh seeds: {SURE} worse than {best} by over "
-                f"{WORSE_AT_MOST}? {said}: {_difference(found)}"
-            )
+        for name in (SURE, AGREED):
+            if cell == PRIMARY_CELLS[1] and best and (found := paired(arms, name, best)):
+                said = "no" if found.mean >= -WORSE_AT_MOST else "yes"
+                count = len(arms[name].keys() & arms[best].keys())
+                lines.append(
+                    f"{kind}, {cell}, {count} fresh seeds: {name} worse than {best} by over "
+                    f"{WORSE_AT_MOST}? {said}: {_difference(found)}"
+                )
     return lines
 
 
@@ -147,7 +147,7 @@ def answers(cells: Mapping[tuple[str, str], By_arm], tier: str) -> list[str]:
 
 
 def _complete(arms: By_arm, names: Sequence[str]) -> bool:
-    return all(set(arms.get(name, ())) == set(SEEDS) for name in names)
+    return all(set(arms.get(name, ())) == set(seeds_of(0)) for name in names)
 
 
 def write(

@@ -121,8 +121,8 @@ def test_every_arm_may_try_as_often(tier: Tier) -> None:
 
 
 def test_seeds_of_tuning_are_not_those_that_count() -> None:
-    assert not set(plan.TUNING_SEEDS) & {*plan.SEEDS, *plan.FRESH_SEEDS}
-    assert not set(plan.SEEDS) & set(plan.FRESH_SEEDS)
+    seeds = [*plan.TUNING_SEEDS, *(seed for round_ in (0, *plan.ROUNDS) for seed in plan.seeds_of(round_))]
+    assert len(set(seeds)) == len(seeds) == 32
 
 
 FEATURES = TIERS["features"]
@@ -196,7 +196,7 @@ def test_answers_name_the_best_arcface_of_the_runs_and_correct_for_three_questio
         for margin in FEATURES.arms[name].margins
         for seed in plan.TUNING_SEEDS
     ]
-    for seed in plan.SEEDS:
+    for seed in plan.seeds_of(0):
         for place, name in enumerate(FEATURES.arcface):
             lines.append(_line(name, chosen[name], seed, test=20.0 + place + 0.1 * seed))
         lines.append(_line("full", 0.5, seed, test=24.0 + 0.1 * seed + 0.01 * seed))
@@ -223,15 +223,13 @@ def test_fresh_seeds_answer_for_what_was_changed() -> None:
         for margin in FEATURES.arms[name].margins
         for seed in plan.TUNING_SEEDS
     ]
-    for seed in plan.FRESH_SEEDS[:4]:
+    for seed in plan.seeds_of(1)[:4]:
         lines += [_line("arcface 0.3", 0.3, seed, test=20.0 + seed), _line(SURE, 0.3, seed, test=19.9 + seed)]
     for line in lines:
         line["cell"] = "clean"
     assert tables.group(lines, "features") == {}
-    (said,) = tables.fresh_answers(tables.group(lines, "features", plan.FRESH_SEEDS))
-    assert said.startswith(
-        "faces, clean, 4 of 10 fresh seeds: full, sure worse than arcface 0.3 by over 0.2? no: -0.10"
-    )
+    (said,) = tables.fresh_answers(tables.group(lines, "features", plan.seeds_of(1)))
+    assert said.startswith("faces, clean, 4 fresh seeds: full, sure worse than arcface 0.3 by over 0.2? no: -0.10")
 
 
 def _fitted(placebo: str) -> Any:
