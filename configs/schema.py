@@ -103,7 +103,7 @@ class ClusteringConfig:
     drop_from: float = 0.05
     """But only if they are at least this share of the samples: the few that clean data has are hard, not wrong."""
     drop_kept: float = 0.4
-    """And if this share of the last version's suspects or more still are: of embeddings that know little they change."""
+    """And if at least this share of the last version's suspects still are: early ones suspect others each time."""
     warmup_fraction: float = 0.2
     """Share of all steps trained as plain ArcFace."""
     ramp_fraction: float = 0.1

@@ -14,11 +14,11 @@ cells are shown beside them, with Holm's correction over the arms of a cell, and
 The tier of images asks the same of larger trainings, with margins of its own choice; its rate and batch were set after
 the tier of features had answered, and before any of its own runs that count.
 
-On clean images full was worse by 0.5: of the 2% that are suspects there all are right. So now suspects are dropped only
-where they are 5% or more ("full, sure"; development seeds 100 and 101 said so). Whether that is harmless was asked again
-on seeds of their own (round 1), against the ArcFace that was best on clean images: it did half the harm. The first
-versions of a training suspect far more, others each time. So now two fifths of the last version's suspects must still be
-suspect, too ("full, agreed"; the same development seeds). That is asked in round 2, and in the noisy cell.
+On clean images full was worse by 0.5: of the 2% that are suspects there all are right. So suspects were dropped only
+where they are 5% or more ("full, sure"; development seeds 100 and 101 said so). Whether that does harm was asked again
+on seeds of its own (round 1), against the ArcFace that was best on clean images: it did half the harm. The first
+versions of a training suspect far more, others each time. So now two fifths of the last version's suspects must be
+suspects still ("full, agreed"; the same development seeds). That is asked in round 2, and in the noisy cell.
 
 A seed draws training, validation and test identities from the same 1200: seeds are new samples of them, not new people.
 """
@@ -80,8 +80,9 @@ def chosen_margins(results: Sequence[Result], tier: str) -> dict[tuple[str, str,
         for key, margins in tries.items()
         if all(len(margins.get(margin, ())) == len(TUNING_SEEDS) for margin in TIERS[tier].arms[key[2]].margins)
     }
-    for name, arm in TIERS[tier].arms.items():
-        chosen |= {(kind, cell, name): margin for (kind, cell, other), margin in chosen.items() if other == arm.like}
+    likes = {name: arm.like for name, arm in TIERS[tier].arms.items() if arm.like}
+    for name, like in likes.items():
+        chosen |= {(kind, cell, name): margin for (kind, cell, other), margin in chosen.items() if other == like}
     return chosen
 
 
