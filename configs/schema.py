@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.augment import AugmentConfig
 from configs.checks import ConfigError, require
 from configs.head import HeadConfig
 
 __all__ = [
+    "AugmentConfig",
     "ClusteringConfig",
     "ConfigError",
     "DataConfig",
@@ -275,6 +277,7 @@ class RunConfig:
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

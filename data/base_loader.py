@@ -11,12 +11,15 @@ import logging
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from configs.augment import AugmentConfig
+from data.augment import Augment, Drawn
 from data.batch import Batch, ImageSource
 from data.errors import DataError
 from data.sampler import BatchPlan
@@ -25,11 +28,20 @@ from data.transforms import flips
 _log = logging.getLogger(__name__)
 
 
+class Planned(NamedTuple):
+    """What a local batch is to be."""
+
+    samples_B: npt.NDArray[np.int64]
+    flips_B: npt.NDArray[np.bool_]
+    drawn: Drawn | None
+    """None: nothing."""
+
+
 class Draft:
     """A local batch in the making. Threads fill rows of their own; only the consumer reads all of them."""
 
-    def __init__(self, samples_B: npt.NDArray[np.int64], flips_B: npt.NDArray[np.bool_], *, pinned: bool) -> None:
-        self.flips_B = flips_B
+    def __init__(self, plan: Planned, *, pinned: bool) -> None:
+        samples_B, self.flips_B, self.drawn = plan
         self.facts_2B = torch.empty(2, len(samples_B), dtype=torch.int64, pin_memory=pinned)
         self.labels_B, self.samples_B = self.facts_2B.numpy()  # together, so that one copy takes both to a GPU
         self.samples_B[:] = samples_B
@@ -62,8 +74,10 @@ class RecordLoader(ABC):
         threads: int,
         prefetch: int,
         flip: bool,
+        augment: AugmentConfig,
     ) -> None:
         self._records, self._plan, self._device = records, plan, device
+        self._augment = Augment(augment, size=records.image_size, seed=plan.order.seed)
         self._threads, self._ahead, self._flip = threads, prefetch, flip
         self._pinned = device.type == "cuda"
         self._named: set[int] = set()
@@ -89,14 +103,15 @@ class RecordLoader(ABC):
     def _batches(self, epoch: int, start_step: int) -> Generator[Batch, None, None]:
         """The generator behind `epoch`."""
 
-    def _plans(self, epoch: int, start_step: int) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]]:
-        """(sample ids, flips) of each step."""
+    def _plans(self, epoch: int, start_step: int) -> Iterator[Planned]:
+        """Of each step."""
         for step in range(start_step, self.steps_per_epoch):
             samples_B = self._plan.samples(epoch, step)
             if self._flip:
-                yield samples_B, flips(samples_B, seed=self._plan.order.seed, epoch=epoch)
+                flips_B = flips(samples_B, seed=self._plan.order.seed, epoch=epoch)
             else:
-                yield samples_B, np.zeros(len(samples_B), np.bool_)
+                flips_B = np.zeros(len(samples_B), np.bool_)
+            yield Planned(samples_B, flips_B, None if self._augment.idle else self._augment.draw(samples_B, epoch))
 
     def _finish(self, draft: Draft, images_BHW3: Tensor) -> Batch:
         """The batch of a complete draft: bad rows named and unlabelled, everything on the device."""

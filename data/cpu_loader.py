@@ -6,12 +6,11 @@ from collections.abc import Generator
 from contextlib import closing
 
 import cv2
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data.base_loader import Draft, RecordLoader
+from data.augment import apply_
+from data.base_loader import Draft, Planned, RecordLoader
 from data.batch import Batch
 from data.decode import DecodeError, decode_image
 from data.prefetch import prefetch
@@ -22,14 +21,13 @@ class _PixelDraft(Draft):
 
     def __init__(
         self,
-        samples_B: npt.NDArray[np.int64],
-        flips_B: npt.NDArray[np.bool_],
+        plan: Planned,
         *,
         size: tuple[int, int],
         pinned: bool,
     ) -> None:
-        super().__init__(samples_B, flips_B, pinned=pinned)
-        self.images_BHW3 = torch.empty(len(samples_B), *size, 3, dtype=torch.uint8, pin_memory=pinned)
+        super().__init__(plan, pinned=pinned)
+        self.images_BHW3 = torch.empty(len(self.samples_B), *size, 3, dtype=torch.uint8, pin_memory=pinned)
         self.pixels_BHW3 = self.images_BHW3.numpy()
 
     def patched(self) -> Tensor:
@@ -52,7 +50,7 @@ class CpuLoader(RecordLoader):
     def _batches(self, epoch: int, start_step: int) -> Generator[Batch, None, None]:
         size = self._records.image_size
         drafts = prefetch(
-            (_PixelDraft(*plan, size=size, pinned=self._pinned) for plan in self._plans(epoch, start_step)),
+            (_PixelDraft(plan, size=size, pinned=self._pinned) for plan in self._plans(epoch, start_step)),
             self._decode,
             rows=self._plan.batch_size,
             threads=self._threads,
@@ -72,5 +70,7 @@ class CpuLoader(RecordLoader):
             except DecodeError as error:
                 draft.faults[row] = str(error)
                 continue
+            if draft.drawn is not None:
+                apply_(pixels, draft.drawn, row)
             if draft.flips_B[row]:
                 cv2.flip(pixels, 1, dst=pixels)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from data.base_loader import Draft, RecordLoader
+from configs.augment import AugmentConfig
+from data.augment import Augment, Drawn, apply_
+from data.base_loader import Draft, Planned, RecordLoader
 from data.batch import Batch, ImageSource
 from data.decode import DecodeError, check_image, decode_image, encode_black
 from data.errors import DataError
@@ -43,20 +45,22 @@ class DaliUnavailableError(DataError):
 class _EncodedDraft(Draft):
     """A draft with its encoded images, views into the record file."""
 
-    def __init__(self, samples_B: npt.NDArray[np.int64], flips_B: npt.NDArray[np.bool_], *, pinned: bool) -> None:
-        super().__init__(samples_B, flips_B, pinned=pinned)
-        self.encoded_B: list[memoryview] = [memoryview(b"")] * len(samples_B)
+    def __init__(self, plan: Planned, *, pinned: bool) -> None:
+        super().__init__(plan, pinned=pinned)
+        self.encoded_B: list[memoryview] = [memoryview(b"")] * len(self.samples_B)
 
     def patch(self, size: tuple[int, int]) -> None:
-        """Replace bad rows, by whole images with their flips."""
+        """Replace bad rows, by whole images with their flips and what was drawn of them."""
         if not self.faults:
             return
         donors_B = self.donors()
         if donors_B is None:
             self.encoded_B = [memoryview(encode_black(size))] * len(self.encoded_B)
+            self.drawn = self.drawn and Drawn.nothing(len(self.encoded_B), size)
         else:
             self.encoded_B = [self.encoded_B[row] for row in donors_B]
             self.flips_B = self.flips_B[donors_B]
+            self.drawn = self.drawn and self.drawn.take(donors_B)
 
 
 class _Feed:
@@ -66,12 +70,13 @@ class _Feed:
     `failure` keeps it.
     """
 
-    def __init__(self, drafts: Iterator[_EncodedDraft], size: tuple[int, int]) -> None:
-        self._drafts, self._size = drafts, size
+    def __init__(self, drafts: Iterator[_EncodedDraft], size: tuple[int, int], augment: Augment) -> None:
+        self._drafts, self._size, self._augment = drafts, size, augment
         self.held: deque[_EncodedDraft] = deque()
         self.failure: Exception | None = None
 
-    def __call__(self) -> tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.int32]]:
+    def __call__(self) -> tuple[Any, ...]:
+        """Encoded images, flips, and with augmentation what was drawn."""
         try:
             draft = next(self._drafts)
         except StopIteration:
@@ -81,7 +86,12 @@ class _Feed:
             raise StopIteration from None
         draft.patch(self._size)
         self.held.append(draft)
-        return [np.frombuffer(encoded, np.uint8) for encoded in draft.encoded_B], draft.flips_B.astype(np.int32)
+        encoded_B = [np.frombuffer(encoded, np.uint8) for encoded in draft.encoded_B]
+        return (
+            encoded_B,
+            draft.flips_B.astype(np.int32),
+            *([] if draft.drawn is None else _arguments(draft.drawn, self._augment)),
+        )
 
 
 class DaliLoader(RecordLoader):
@@ -98,9 +108,12 @@ class DaliLoader(RecordLoader):
         threads: int,
         prefetch: int,
         flip: bool,
+        augment: AugmentConfig,
     ) -> None:
         """Raises DaliUnavailableError when DALI cannot be imported."""
-        super().__init__(records, plan=plan, device=device, threads=threads, prefetch=prefetch, flip=flip)
+        super().__init__(
+            records, plan=plan, device=device, threads=threads, prefetch=prefetch, flip=flip, augment=augment
+        )
         try:
             import nvidia.dali  # noqa: PLC0415 - optional, and slow to load
         except (ImportError, OSError) as error:  # OSError: a shared library of it is missing
@@ -112,14 +125,14 @@ class DaliLoader(RecordLoader):
 
     def _batches(self, epoch: int, start_step: int) -> Generator[Batch, None, None]:
         drafts = prefetch(
-            (_EncodedDraft(*plan, pinned=self._pinned) for plan in self._plans(epoch, start_step)),
+            (_EncodedDraft(plan, pinned=self._pinned) for plan in self._plans(epoch, start_step)),
             self._check,
             rows=self._plan.batch_size,
             threads=self._threads,
             ahead=self._ahead,
         )
         with closing(drafts):
-            feed = _Feed(drafts, self._records.image_size)
+            feed = _Feed(drafts, self._records.image_size, self._augment)
             pipeline = self._pipeline(feed)
             failures = 0
             while True:
@@ -161,7 +174,8 @@ class DaliLoader(RecordLoader):
             prefetch_queue_depth=_QUEUE,
         )
         with pipeline:
-            encoded, flip = dali.fn.external_source(source=feed, num_outputs=2, batch=True)
+            arguments = _arguments(Drawn.nothing(1, self._records.image_size), self._augment)
+            encoded, flip, *drawn = dali.fn.external_source(source=feed, num_outputs=2 + len(arguments), batch=True)
             images = dali.fn.decoders.image(
                 encoded,
                 device="mixed" if cuda else "cpu",
@@ -169,9 +183,26 @@ class DaliLoader(RecordLoader):
                 adjust_orientation=False,
                 jpeg_fancy_upsampling=True,  # nvJPEG: chroma as libjpeg-turbo makes it
             )
+            images = self._augmented(images, drawn)
             pipeline.set_outputs(dali.fn.flip(images, horizontal=flip))
         pipeline.build()
         return pipeline
+
+    def _augmented(self, images: Any, drawn: Sequence[Any]) -> Any:
+        """`data.augment.apply_` by DALI's operators. drawn: what `_arguments` gives."""
+        fn, types, augment = self._dali.fn, self._dali.types, self._augment
+        left = iter(drawn)
+        if augment.colours:
+            images = fn.coord_transform(images, M=next(left), T=next(left), dtype=types.UINT8)
+            images = fn.reshape(images, layout="HWC")  # which coordinates do not have
+        if augment.shrinks:
+            for size in (next(left), list(self._records.image_size)):
+                images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        if augment.blurs:
+            images = fn.gaussian_blur(images, sigma=next(left), window_size=next(left))
+        if augment.covers:
+            images = fn.erase(images, anchor=next(left), shape=next(left), axis_names="HW", fill_value=0)
+        return images
 
     def _run(self, pipeline: Any) -> Tensor:
         """The next images, uint8 (B, H, W, 3): a copy, as DALI takes its buffer back. StopIteration at the end."""
@@ -181,6 +212,25 @@ class DaliLoader(RecordLoader):
 
     def _decode(self, draft: _EncodedDraft) -> Tensor:
         """What DALI would have given, on the CPU."""
-        rows = zip(draft.encoded_B, draft.flips_B, strict=True)
-        images = [decode_image(encoded, self._records.image_size)[:, :: -1 if flip else 1] for encoded, flip in rows]
+        images = []
+        for row, encoded in enumerate(draft.encoded_B):
+            pixels = decode_image(encoded, self._records.image_size)
+            if draft.drawn is not None:
+                apply_(pixels, draft.drawn, row)
+            images.append(pixels[:, :: -1 if draft.flips_B[row] else 1])
         return torch.from_numpy(np.stack(images))
+
+
+def _arguments(drawn: Drawn, augment: Augment) -> list[npt.NDArray[Any]]:
+    """Of the operators that the run needs, as they take them; a blur of nothing is one by a kernel of one pixel."""
+    found: list[npt.NDArray[Any]] = []
+    if augment.colours:
+        found += [drawn.matrix_B33, drawn.shift_B3]
+    if augment.shrinks:
+        found.append(drawn.sides_B2.astype(np.float32))
+    if augment.blurs:
+        found += [np.where(drawn.sigma_B > 0, drawn.sigma_B, np.float32(1)), drawn.windows_B]
+    if augment.covers:
+        boxes_BK4 = drawn.boxes_BK4.astype(np.float32)
+        found += [boxes_BK4[:, :, part].reshape(len(boxes_BK4), -1) for part in (slice(2), slice(2, 4))]
+    return found

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from configs.augment import AugmentConfig
 from data.base_loader import RecordLoader
 from data.batch import ImageSource, Loader
 from data.cpu_loader import CpuLoader
@@ -28,13 +29,14 @@ def build_loader(
     threads: int,
     prefetch: int,
     flip: bool,
+    augment: AugmentConfig | None = None,
 ) -> Loader:
     """A loader of this rank's batches.
 
     records: a `data.records.RecordSet`; it stays the caller's to close. batch_size: images of this rank a step.
     backend: "auto" takes DALI for a GPU, when it is installed, and the CPU loader otherwise: without a GPU the CPU
     loader is faster, as DALI's images have to be checked first. threads: decoding threads. prefetch: batches in work
-    ahead. flip: mirror half of the images.
+    ahead. flip: mirror half of the images. augment: what else happens to them; None: nothing.
 
     Raises DataError when the set does not fill a global batch, DaliUnavailableError when backend is "dali" and DALI
     does not load. No collective.
@@ -42,7 +44,15 @@ def build_loader(
     plan = BatchPlan(records.num_samples, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed)
 
     def build(kind: type[RecordLoader]) -> Loader:
-        return kind(records, plan=plan, device=device, threads=threads, prefetch=prefetch, flip=flip)
+        return kind(
+            records,
+            plan=plan,
+            device=device,
+            threads=threads,
+            prefetch=prefetch,
+            flip=flip,
+            augment=augment or AugmentConfig(),
+        )
 
     if backend == "cpu":
         return build(CpuLoader)

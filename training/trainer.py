@@ -52,6 +52,7 @@ class Trainer:
             threads=config.data.threads,
             prefetch=config.data.prefetch,
             flip=config.data.flip,
+            augment=config.augment,
         )
         self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulation
         if self.steps_per_epoch == 0:

@@ -19,9 +19,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 CONFIG = Path(__file__).parents[2] / "configs" / "ms1mv3_r50.yaml"
 SETTINGS: dict[str, list[str]] = {
-    "clusters": ["train.compile=false"],
-    "compiled": [],
-    "hard classes, sampled": ["train.compile=false", "head.sample_rate=0.3", "clustering.hard_negatives=4"],
+    "clusters": [],
+    "compiled": ["train.compile=true"],
+    "hard classes, sampled": ["head.sample_rate=0.3", "clustering.hard_negatives=4"],
 }
 
 

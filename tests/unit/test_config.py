@@ -194,7 +194,8 @@ def test_every_field_has_a_docstring_or_a_plain_name() -> None:
         "name",
         "batch_size",
     }
-    source = (ROOT / "configs/head.py").read_text() + (ROOT / "configs/schema.py").read_text()
+    files = ("configs/head.py", "configs/augment.py", "configs/schema.py")
+    source = "".join((ROOT / name).read_text() for name in files)
     for section in dataclasses.fields(RunConfig):
         for field in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
             after = source.split(f"\n    {field.name}: ", 1)[1].split("\n", 2)[1]

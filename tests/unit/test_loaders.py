@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.base_loader import Draft
+from data.base_loader import Draft, Planned
 from data.batch import Batch, Loader
 from data.cpu_loader import CpuLoader
 from data.dali import DaliLoader, DaliUnavailableError
@@ -147,7 +147,7 @@ def test_a_batch_without_a_good_image_is_black(backend: str, caplog: pytest.LogC
 
 
 def test_donors() -> None:
-    draft = Draft(np.arange(5), np.zeros(5, np.bool_), pinned=False)
+    draft = Draft(Planned(np.arange(5), np.zeros(5, np.bool_), None), pinned=False)
     for faults, expected in [([], [0, 1, 2, 3, 4]), ([0, 4], [1, 1, 2, 3, 1]), ([0, 1, 3, 4], [2] * 5)]:
         draft.faults = dict.fromkeys(faults, "")
         donors_B = draft.donors()
