@@ -1,9 +1,8 @@
-"""Pack images into records, rebuild an index, look into a set, make a verification set."""
+"""Pack, look into, verify, hash, cut, join, shuffle and convert record sets."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data.commands import Options, bin_of_folder, folder_set, pack_set, rebuild_index, synthetic_set
+from data.commands import choose, convert, hashes, verify
+from data.commands.arguments import CORES, Parser, fraction, whole
+from data.commands.packing import Options, bin_of_folder, folder_set, pack_set, rebuild_index, synthetic_set
 from data.errors import DataError
 from data.sources import RESIZE_RULE
 from data.summary import summary
@@ -19,18 +20,19 @@ from data.synthetic import DIFFICULTY_SPREAD
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when done, 2 when arguments or data are not as expected (one line says what), 130 when interrupted."""
+    """0 when done, 1 when `verify` or `check` found something, 2 when arguments or data are not as expected (one line
+    says what), 130 when interrupted.
+    """
     args = _parser().parse_args(arguments)
     console = Console(stderr=True)
     try:
-        args.run(args, console)
+        return int(args.run(args, console) or 0)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted; nothing was written", file=sys.stderr)
         return 130
-    return 0
 
 
 def _pack_synthetic(args: argparse.Namespace, console: Console) -> None:
@@ -67,52 +69,23 @@ def _bin(args: argparse.Namespace, console: Console) -> None:
     bin_of_folder(args.source, args.out, pairs=args.pairs, seed=args.seed, options=options, console=console)
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
-        return value
-
-    return parse
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return value
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """One line, as for all that can be wrong."""
-        self.exit(2, f"error: {message} ({self.prog} --help lists all)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m data", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = Parser(prog="python -m data", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
 
     pack = commands.add_parser("pack", help="write train.rec, train.idx, property and verification.bin")
-    sources = pack.add_subparsers(required=True, metavar="SOURCE", parser_class=_Parser)
+    sources = pack.add_subparsers(required=True, metavar="SOURCE", parser_class=Parser)
 
     synthetic = sources.add_parser("synthetic", help="faces that are drawn, the same for the same arguments")
-    synthetic.add_argument("--identities", type=_whole(2), default=1000, help="default 1000")
-    synthetic.add_argument("--images-per-identity", type=_whole(1), default=20, help="default 20")
-    synthetic.add_argument("--label-noise", type=_fraction, default=0.0, help="share of wrong labels, default 0")
+    synthetic.add_argument("--identities", type=whole(2), default=1000, help="default 1000")
+    synthetic.add_argument("--images-per-identity", type=whole(1), default=20, help="default 20")
+    synthetic.add_argument("--label-noise", type=fraction, default=0.0, help="share of wrong labels, default 0")
     synthetic.add_argument(
-        "--long-tail", type=_fraction, default=0.0, help="0: all have as many (default), to 1: some a 20th of it"
+        "--long-tail", type=fraction, default=0.0, help="0: all have as many (default), to 1: some a 20th of it"
     )
     synthetic.add_argument(
         "--difficulty-spread",
-        type=_fraction,
+        type=fraction,
         default=DIFFICULTY_SPREAD,
         help=f"0: all persons alike, to 1: from studio portraits to blurred and covered; default {DIFFICULTY_SPREAD}",
     )
@@ -135,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     make_bin = commands.add_parser("bin", help="a verification set of a folder of identities", description=RESIZE_RULE)
     make_bin.add_argument("source", type=Path, metavar="FOLDER")
     _common(make_bin, run=_bin, held_out=None, pairs=6000)
+    for module in (verify, hashes, choose, convert):
+        module.add(commands)
     return parser
 
 
@@ -146,13 +121,12 @@ def _common(
     pairs: int,
 ) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER" if held_out is not None else "FILE")
-    parser.add_argument("--seed", type=_whole(0), default=0, help="default 0")
+    parser.add_argument("--seed", type=whole(0), default=0, help="default 0")
     if held_out is not None:
         about = f"not trained on, for verification.bin; 0: none; default {held_out}"
-        parser.add_argument("--verification-identities", type=_whole(0), default=held_out, help=about)
-    parser.add_argument("--pairs", type=_whole(10), default=pairs, help=f"pairs to verify, default {pairs}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--workers", type=_whole(1), default=cores, help=f"processes, default {cores} here")
+        parser.add_argument("--verification-identities", type=whole(0), default=held_out, help=about)
+    parser.add_argument("--pairs", type=whole(10), default=pairs, help=f"pairs to verify, default {pairs}")
+    parser.add_argument("--workers", type=whole(1), default=CORES, help=f"processes, default {CORES} here")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.set_defaults(run=run)
 

@@ -68,7 +68,8 @@ def _is_jpeg(encoded: Encoded) -> bool:
     return encoded[:2] == _JPEG
 
 
-def _check_size(encoded: Encoded, size: tuple[int, int]) -> None:
+def declared_size(encoded: Encoded) -> tuple[int, int]:
+    """(height, width) by the head of a JPEG or PNG, which is all that is read. Raises DecodeError."""
     if _is_jpeg(encoded):
         try:
             height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
@@ -78,6 +79,11 @@ def _check_size(encoded: Encoded, size: tuple[int, int]) -> None:
         width, height = (int.from_bytes(encoded[at : at + 4], "big") for at in (16, 20))
     else:
         raise DecodeError(f"expected JPEG or PNG, found {len(encoded)} bytes that begin with '{encoded[:8].hex()}'")
+    return height, width
+
+
+def _check_size(encoded: Encoded, size: tuple[int, int]) -> None:
+    height, width = declared_size(encoded)
     if (height, width) != size:
         raise DecodeError(f"expected {size[0]} x {size[1]} pixels (height x width), found {height} x {width}")
 

@@ -109,6 +109,22 @@ def write_records(rec: Path, idx: Path, images: Iterable[tuple[int, bytes]], *, 
     return key
 
 
+def write_sequence(rec: Path, idx: Path, images: Iterable[tuple[int, bytes]], *, num_classes: int) -> int:
+    """Write images at keys 0 … N - 1, in the order given, without identity headers; return N.
+
+    images: (label, encoded image). Labels are stored as pairs when num_classes is above 2^24. Raises DataError.
+    """
+    pair = num_classes > EXACT
+    count = 0
+    with RecordWriter(rec) as writer, idx.open("w", encoding="ascii") as index:
+        for count, (label, image) in enumerate(images, start=1):
+            if not 0 <= label < num_classes:
+                raise DataError(f"{rec}: expected labels from 0 to {num_classes - 1}, got {label}")
+            header = Header(2 if pair else 0, class_labels(label, pair=pair), count - 1, 0)
+            index.write(f"{count - 1}\t{writer.write(pack(header, image))}\n")
+    return count
+
+
 def labelled(
     encoder: Encoder, source: Source, wanted: Rows, labels: Rows, on_bad: Callable[[DataError], None]
 ) -> Iterator[tuple[int, bytes]]:

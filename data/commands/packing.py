@@ -1,15 +1,14 @@
-"""What the subcommands of `python -m data` do, apart from their arguments."""
+"""What `pack`, `bin` and `index` do, apart from their arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from data.commands.arguments import progress_on, shown
 from data.errors import DataError
 from data.files import appearing
 from data.header import EXACT
@@ -22,7 +21,6 @@ from data.sources import IMAGE_SIZE, FolderSource, Source, SyntheticSource
 from data.synthetic import plan_samples
 from data.verification_bin import write_bin
 
-T = TypeVar("T")
 _SET = ("train.rec", "property", "identities.txt", "verification.bin", "train.idx")
 """Files of a set in the order they appear; the index last, as whoever looks for a set looks for it."""
 
@@ -140,8 +138,8 @@ def pack_set(out: Path, training: Training, held_out: HeldOut | None, options: O
         if training.names:
             to["identities.txt"].write_text("".join(f"{name}\n" for name in training.names), encoding="utf-8")
         images = labelled(encoder, training.source, training.wanted, training.labels, on_bad)
-        shown = _shown(images, "training images", len(training.wanted), console)
-        count = write_records(to["train.rec"], to["train.idx"], shown, num_classes=training.num_classes)
+        told = shown(images, "training images", len(training.wanted), console)
+        count = write_records(to["train.rec"], to["train.idx"], told, num_classes=training.num_classes)
         if not count:
             raise DataError(f"{out}: no image to pack: all {len(bad)} were left out")
         size_mb = to["train.rec"].stat().st_size / 1e6
@@ -169,7 +167,7 @@ def bin_of_folder(folder: Path, out: Path, *, pairs: int, seed: int, options: Op
 def rebuild_index(rec: Path, *, images_only: bool, console: Console) -> None:
     """Write the index of a record file beside it, from a scan. Raises DataError."""
     reader = RecordReader(rec)
-    with _progress(console) as progress:
+    with progress_on(console) as progress:
         task = progress.add_task("bytes", total=reader.size)
         built = rebuild(
             reader, images_only=images_only, progress=lambda offset: progress.update(task, completed=offset)
@@ -188,16 +186,5 @@ def _write_pairs(path: Path, encoder: Encoder, held_out: HeldOut, console: Conso
     # An image may be in several pairs: encoded once.
     wanted, place = np.unique(held_out.pairs.images.reshape(-1, 2), axis=0, return_inverse=True)
     images = encode_all(encoder, held_out.source, wanted)
-    encoded = list(_shown(images, "verification images", len(wanted), console))
+    encoded = list(shown(images, "verification images", len(wanted), console))
     write_bin(path, [encoded[at] for at in place.ravel()], held_out.pairs.same)
-
-
-def _shown(items: Iterable[T], what: str, total: int, console: Console) -> Iterator[T]:
-    with _progress(console) as progress:
-        yield from progress.track(items, total=total, description=what)
-
-
-def _progress(console: Console) -> Progress:
-    """A bar with the time that remains, on terminals only."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True)

@@ -1,0 +1,145 @@
+"""Hashes of a set's files beside them: the format has none, and damage within a JPEG may decode.
+
+`hashes.json` holds for each file its size, the SHA-256 of the whole, as sha256sum prints it, and of each block of 64
+MiB: so damage is told by place, and only as much need be copied again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.files import appearing
+
+NAME = "hashes.json"
+BLOCK = 1 << 26
+_VERSION = 1
+_FILES = ("train.rec", "train.idx", "property", "identities.txt", "labels.csv")
+_SUFFIXES = (".bin",)
+Progress = Callable[[int], None]
+"""Called with the number of bytes just read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """What is not as the hashes say. begin, end: bytes, where only a part of the file is."""
+
+    file: str
+    what: str
+    begin: int | None = None
+    end: int | None = None
+
+    def line(self) -> str:
+        where = "" if self.begin is None else f" bytes {self.begin} … {self.end}:"
+        return f"{self.file}:{where} {self.what}"
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Files of a set that are hashed, sorted by name. Raises DataError when there is none."""
+    found = (
+        [path for path in sorted(folder.iterdir()) if path.name in _FILES or path.suffix in _SUFFIXES]
+        if (folder.is_dir())
+        else []
+    )
+    if not found:
+        raise DataError(f"{folder}: expected a set, found none of {', '.join(_FILES)} and no .bin")
+    return found
+
+
+def write_hashes(folder: Path, *, threads: int, progress: Progress) -> dict[str, Any]:
+    """Hash a set's files into `hashes.json` beside them; its content. Raises DataError."""
+    files = {path.name: _hash(path, BLOCK, threads, progress) for path in files_of(folder)}
+    content = {"version": _VERSION, "algorithm": "sha256", "block": BLOCK, "files": files}
+    with appearing([folder / NAME]) as (partial,):
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
+    return content
+
+
+def check_hashes(folder: Path, *, threads: int, progress: Progress) -> list[Fault]:
+    """What differs from `hashes.json`; empty: nothing. Raises DataError when that file is missing or damaged."""
+    content = _read(folder / NAME)
+    faults = []
+    for name, expected in content["files"].items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(Fault(file=name, what="missing"))
+            continue
+        found = _hash(path, content["block"], threads, progress)
+        if found["size"] != expected["size"]:
+            faults.append(Fault(file=name, what=f"expected {expected['size']} bytes, found {found['size']}"))
+        block = content["block"]
+        pairs = zip(expected["blocks"], found["blocks"], strict=False)
+        faults += [
+            Fault(file=name, what="changed", begin=n * block, end=min((n + 1) * block, found["size"]))
+            for n, (old, new) in enumerate(pairs)
+            if old != new
+        ]
+        if found == {**expected, "sha256": found["sha256"]} and found["sha256"] != expected["sha256"]:
+            raise DataError(f"{folder / NAME}: hash and block hashes of {name} contradict each other: write it anew")
+    return faults
+
+
+def _hash(path: Path, block: int, threads: int, progress: Progress) -> dict[str, Any]:
+    whole, size, blocks = hashlib.sha256(), 0, []
+    for data, digest in _blocks(path, block, threads):
+        whole.update(data)
+        size += len(data)
+        blocks.append(digest)
+        progress(len(data))
+    return {"size": size, "sha256": whole.hexdigest(), "blocks": blocks}
+
+
+def _blocks(path: Path, block: int, threads: int) -> Iterator[tuple[bytes, str]]:
+    """Content and hash of each block; hashed by threads ahead, as hashing runs outside of Python's lock."""
+    waiting: deque[tuple[bytes, Future[str]]] = deque()
+    try:
+        with path.open("rb") as file, ThreadPoolExecutor(threads) as pool:
+            while data := file.read(block):
+                waiting.append((data, pool.submit(_digest, data)))
+                if len(waiting) > threads:
+                    ready, task = waiting.popleft()
+                    yield ready, task.result()
+            for ready, task in waiting:
+                yield ready, task.result()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it ({error.strerror})") from None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files = content["files"]
+        fine = content["version"] == _VERSION and content["algorithm"] == "sha256" and content["block"] > 0
+        fine &= all(_is_entry(name, entry) for name, entry in files.items())
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing: write it with `python -m data hash {path.parent}`") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fine = False
+    if not fine:
+        raise DataError(f"{path}: expected what `python -m data hash` writes, found something else: write it anew")
+    checked: dict[str, Any] = content
+    return checked
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    """A plain file name, no path that leads elsewhere; and numbers and texts where they should be."""
+    plain = Path(name).name == name and name not in ("", ".", "..")
+    return (
+        plain
+        and isinstance(entry["size"], int)
+        and isinstance(entry["sha256"], str)
+        and all(isinstance(text, str) for text in entry["blocks"])
+    )

@@ -1,0 +1,124 @@
+"""`python -m data verify`: everything that is wrong with a set, and a copy without it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data.commands.arguments import CORES, progress_on, shown, whole
+from data.errors import DataError
+from data.header import unpack
+from data.recordio import RecordReader
+from data.rewrite import names_of, write_set
+from data.verify import KINDS, Progress, Verified, verify
+
+_SHOWN = 20
+
+
+def add(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "verify",
+        help="look at every record of a set: structure, header, label, image, index",
+        description="Looks at every record: structure, header, label, image, and whether index and property fit them. "
+        "Exit code 0: nothing is wrong; 1: something is; 2: it could not be looked at.",
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--threads", type=whole(1), default=CORES, help=f"that decode, default {CORES} here")
+    parser.add_argument("--json", action="store_true", help="everything found, to standard output, for machines")
+    parser.add_argument(
+        "--show", type=whole(0), default=_SHOWN, metavar="N", help=f"findings to print, default {_SHOWN}"
+    )
+    parser.add_argument(
+        "--fix", type=Path, metavar="OUT", help="write a set of the images that are well to that folder"
+    )
+    parser.add_argument("--force", action="store_true", help="with --fix: replace a set that is there")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """0: nothing is wrong, 1: something is."""
+    with _bars(console) as progress:
+        found = verify(args.folder, threads=args.threads, progress=progress)
+    if args.json:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        _tell(found, args.show)
+    if args.fix is not None:
+        count, labels = _fix(found, args.fix, force=args.force, console=console)
+        text = f"{args.fix}: {count} images of {labels} identities; findings.json says what was left out"
+        console.print(text, highlight=False, soft_wrap=True)
+    return int(bool(found.findings))
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Progress]:
+    with progress_on(console, counted=False) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            task = tasks.setdefault(what, None)
+            if task is None:
+                task = tasks[what] = bars.add_task(what, total=total)
+            bars.update(task, completed=done)
+
+        yield progress
+
+
+def _tell(found: Verified, most: int) -> None:
+    print(
+        f"{found.folder}: {found.images} images of {found.labels} identities, {found.identity_headers} identity "
+        f"headers, {found.bytes / 1e6:.1f} MB"
+    )
+    if not found.findings:
+        print("nothing is wrong with it")
+        return
+    table = Table("found", "times")
+    for kind, count in found.counts.items():
+        table.add_row(KINDS[kind], str(count))
+    Console().print(table)
+    for finding in found.findings[:most]:
+        print(finding.line())
+    if len(found.findings) > most:
+        print(f"… and {len(found.findings) - most} more: --json lists all")
+
+
+def _fix(found: Verified, out: Path, *, force: bool, console: Console) -> tuple[int, int]:
+    """Images and identities of the set that was written."""
+    folder = Path(found.folder)
+    if out.resolve() == folder.resolve():
+        raise DataError(f"--fix {out}: expected another folder than the set's own, which stays as it is")
+    label_N, offset_N = found.good
+    if not len(label_N) or found.size is None:
+        raise DataError(f"{folder}: expected some images that are well, found none: nothing was written")
+    highest = int(label_N.max()) + 1
+    classes = highest if found.properties is None else found.properties.num_classes
+    reader = RecordReader(folder / "train.rec")
+
+    def images() -> Iterator[tuple[int, bytes]]:
+        for number in np.argsort(label_N, kind="stable").tolist():
+            yield int(label_N[number]), bytes(unpack(reader.read_at(int(offset_N[number])))[1])
+
+    texts = {"findings.json": json.dumps(found.as_json(), indent=1) + "\n"}
+    if found.properties is not None and (names := names_of(folder, classes)):
+        texts["identities.txt"] = "".join(f"{name}\n" for name in names)
+    try:
+        count = write_set(
+            out,
+            shown(images(), "writing", len(label_N), console),
+            num_classes=classes,
+            image_size=found.size,
+            texts=texts,
+            force=force,
+        )
+    finally:
+        reader.close()
+    return count, len(np.unique(label_N))

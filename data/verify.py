@@ -1,0 +1,292 @@
+"""Is a set what it says: every record's structure, header, label and image, the index, and how they fit each other.
+
+Opening a set stops at the first contradiction and never decodes; this looks at all of it and lists all that it finds.
+
+Legend: N images, R records.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data.decode import DecodeError, check_image, declared_size
+from data.errors import DataError
+from data.header import HeaderError, class_of, unpack
+from data.index import Index, read_index
+from data.layout import find_layout, labels_of_ranges
+from data.properties import Properties, read_properties
+from data.recordio import RecordReader
+from data.records import RecordSet
+from data.salvage import Damage, salvage
+
+Ints = npt.NDArray[np.int64]
+Progress = Callable[[str, int, int], None]
+"""What is being done, how far it is, how far it goes."""
+
+KINDS = {
+    "property": "the file property",
+    "structure": "bytes that are no record",
+    "index": "the index against the records",
+    "header": "headers and labels",
+    "identity": "identity headers against the images",
+    "image": "images that do not decode",
+}
+"""Kinds of findings, in the order in which they are told."""
+_AT_ONCE = 256
+"""Images that a thread takes: some 20 ms."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """Something that is not as it should be."""
+
+    kind: str
+    what: str
+    file: str = "train.rec"
+    offset: int | None = None
+    """Of the record, in bytes."""
+    key: int | None = None
+    """By the index."""
+    label: int | None = None
+
+    def line(self) -> str:
+        where = [f"byte {self.offset}"] if self.offset is not None else []
+        where += [f"key {self.key}"] if self.key is not None else []
+        where += [f"label {self.label}"] if self.label is not None else []
+        return f"{self.kind}: {self.file}{''.join(f', {part}' for part in where)}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """What was looked at, and what was found."""
+
+    folder: str
+    bytes: int
+    images: int
+    """Records with an image and a class, whether it decodes or not."""
+    identity_headers: int
+    labels: int
+    """Distinct ones."""
+    findings: list[Finding]
+    good: tuple[Ints, Ints]
+    """Labels and offsets of the images that are well, in file order."""
+    properties: Properties | None
+    size: tuple[int, int] | None
+    """Of the images, (height, width): by property, or of the first image; None: there is none."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Findings of each kind that there is."""
+        counted = Counter(finding.kind for finding in self.findings)
+        return {kind: counted[kind] for kind in KINDS if counted[kind]}
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: all but the good images."""
+        numbers = {name: getattr(self, name) for name in ("folder", "bytes", "images", "identity_headers", "labels")}
+        listed = [{k: v for k, v in asdict(finding).items() if v is not None} for finding in self.findings]
+        return {**numbers, "ok": not self.findings, "counts": self.counts, "findings": listed}
+
+
+def verify(folder: Path, *, threads: int, progress: Progress) -> Verified:
+    """Look at everything. Raises DataError when there is no record file, or it cannot be read."""
+    findings: list[Finding] = []
+    reader = RecordReader(folder / "train.rec")
+    try:
+        properties = _properties(folder / "property", findings)
+        offset_R = _records(reader, progress, findings)
+        index = _index(folder / "train.idx", reader, offset_R, findings)
+        key_R = _keys_at(offset_R, index)
+        images, identities = _headers(reader, offset_R, key_R, properties, findings)
+        if index is not None and not findings:
+            _identities(folder, index, reader, images, findings)
+        size = _size(reader, images.offset_N) if properties is None else properties.image_size
+        good_N = _decode(reader, images, size, threads, progress, findings)
+        order = list(KINDS)
+        findings.sort(key=lambda finding: (order.index(finding.kind), finding.offset or 0))
+        return Verified(
+            folder=str(folder),
+            bytes=reader.size,
+            images=len(good_N),
+            identity_headers=identities,
+            labels=len(np.unique(images.label_N)),
+            findings=findings,
+            good=(images.label_N[good_N], images.offset_N[good_N]),
+            properties=properties,
+            size=size,
+        )
+    finally:
+        reader.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    offset_N: Ints
+    key_N: Ints
+    """-1: the index has none, or there is no index."""
+    label_N: Ints
+
+
+def _properties(path: Path, findings: list[Finding]) -> Properties | None:
+    try:
+        return read_properties(path)
+    except DataError as error:
+        findings.append(Finding(kind="property", file=path.name, what=_without(error, path)))
+        return None
+
+
+def _without(error: DataError, path: Path) -> str:
+    return str(error).replace(f"{path}: ", "").replace(f"{path.parent}{os.sep}", "")
+
+
+def _records(reader: RecordReader, progress: Progress, findings: list[Finding]) -> Ints:
+    """Offsets of the whole records, rising."""
+    offsets = array("q")
+    for found in salvage(reader, lambda offset: progress("records", offset, reader.size)):
+        if isinstance(found, Damage):
+            what = f"{found.what}; {found.end - found.offset} bytes up to byte {found.end} are lost"
+            findings.append(Finding(kind="structure", offset=found.offset, what=what))
+        else:
+            offsets.append(found)
+    return np.array(offsets, np.int64)
+
+
+def _index(path: Path, reader: RecordReader, offset_R: Ints, findings: list[Finding]) -> Index | None:
+    """None where it cannot be read; records that it does not list, and the other way round, are found."""
+    try:
+        index = read_index(path, reader)
+    except DataError as error:
+        findings.append(Finding(kind="index", file=path.name, what=_without(error, path)))
+        return None
+    for number in np.flatnonzero(~np.isin(index.offsets, offset_R)).tolist():
+        key, offset = int(index.keys[number]), int(index.offsets[number])
+        findings.append(Finding(kind="index", file=path.name, offset=offset, key=key, what="no record begins there"))
+    for offset in offset_R[~np.isin(offset_R, index.offsets)].tolist():
+        findings.append(Finding(kind="index", offset=offset, what="the index does not list this record"))
+    return index
+
+
+def _keys_at(offset_R: Ints, index: Index | None) -> Ints:
+    key_R = np.full(len(offset_R), -1, np.int64)
+    if index is not None and len(index.offsets):
+        at_R = np.searchsorted(index.offsets, offset_R).clip(max=len(index.offsets) - 1)
+        listed_R = index.offsets[at_R] == offset_R
+        key_R[listed_R] = index.keys[at_R[listed_R]]
+    return key_R
+
+
+def _headers(
+    reader: RecordReader, offset_R: Ints, key_R: Ints, properties: Properties | None, findings: list[Finding]
+) -> tuple[_Images, int]:
+    """Images whose header is well, and how many identity headers there are."""
+    offsets, keys, labels, identities = array("q"), array("q"), array("q"), 0
+    for offset, key in zip(offset_R.tolist(), key_R.tolist(), strict=True):
+        label, wrong = None, ""
+        try:
+            header, image = unpack(reader.read_at(offset))
+            if header.flag == 2 and not len(image):
+                identities += 1
+                continue
+            label = class_of(header.labels, pair=bool(properties and properties.pair))
+            if not len(image):
+                wrong = "expected an image behind the header, found none"
+            elif properties is not None and label >= properties.num_classes:
+                wrong = f"expected a class from 0 to {properties.num_classes - 1}, as property says"
+        except HeaderError as error:
+            wrong = str(error)
+        if label is None or wrong:
+            listed = None if key < 0 else key
+            findings.append(Finding(kind="header", offset=offset, key=listed, label=label, what=wrong))
+            continue
+        for values, value in ((offsets, offset), (keys, key), (labels, label)):
+            values.append(value)
+    return _Images(*(np.array(values, np.int64) for values in (offsets, keys, labels))), identities
+
+
+def _identities(folder: Path, index: Index, reader: RecordReader, images: _Images, findings: list[Finding]) -> None:
+    """Ranges of keys against labels, counts against property: where all else fits."""
+    try:
+        RecordSet.open(folder).close()
+        layout = find_layout(folder / "train.idx", index, reader)
+        range_N = labels_of_ranges(layout, reader)
+    except DataError as error:
+        findings.append(Finding(kind="identity", what=_without(error, folder / "train.rec")))
+        return
+    if range_N is None:
+        return
+    label_N = images.label_N[np.argsort(images.offset_N)]  # both in file order
+    # Headers need not stand in the order of the classes: each speaks for the class that most of its images have.
+    pairs, count = np.unique(np.stack([range_N, label_N]), axis=1, return_counts=True)
+    order = np.lexsort((-count, pairs[0]))
+    first = order[np.unique(pairs[0][order], return_index=True)[1]]
+    class_of_range = np.full(range_N.max() + 1, -1, np.int64)
+    class_of_range[pairs[0][first]] = pairs[1][first]
+    for number in np.flatnonzero(class_of_range[range_N] != label_N).tolist():
+        what = f"its identity header's other images have label {class_of_range[range_N[number]]}"
+        offset, key, label = (int(values[number]) for values in (images.offset_N, images.key_N, images.label_N))
+        findings.append(Finding(kind="identity", offset=offset, key=key, label=label, what=what))
+
+
+def _size(reader: RecordReader, offset_N: Ints) -> tuple[int, int] | None:
+    """Of the first image that states one."""
+    for offset in offset_N.tolist():
+        try:
+            return declared_size(unpack(reader.read_at(offset))[1])
+        except DecodeError:
+            continue
+    return None
+
+
+def _decode(
+    reader: RecordReader,
+    images: _Images,
+    size: tuple[int, int] | None,
+    threads: int,
+    progress: Progress,
+    findings: list[Finding],
+) -> npt.NDArray[np.bool_]:
+    """Which images decode; of the others is told why not."""
+    count = len(images.offset_N)
+    good_N = np.ones(count, np.bool_)
+
+    def look(start: int) -> list[tuple[int, str]]:
+        bad = []
+        for number in range(start, min(start + _AT_ONCE, count)):
+            try:
+                check_image(unpack(reader.read_at(int(images.offset_N[number])))[1], size or (0, 0))
+            except DecodeError as error:
+                bad.append((number, str(error)))
+        return bad
+
+    for done, bad in _in_order(look, range(0, count, _AT_ONCE), threads):
+        progress("images", min(done + _AT_ONCE, count), count)
+        for number, reason in bad:
+            good_N[number] = False
+            key, offset, label = (int(values[number]) for values in (images.key_N, images.offset_N, images.label_N))
+            listed = None if key < 0 else key
+            findings.append(Finding(kind="image", offset=offset, key=listed, label=label, what=reason))
+    return good_N
+
+
+def _in_order(
+    work: Callable[[int], list[tuple[int, str]]], starts: range, threads: int
+) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+    """(start, what `work` gave of it), with a few of them in work ahead."""
+    left = iter(starts)
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque((start, pool.submit(work, start)) for start in islice(left, 4 * threads))
+        while waiting:
+            start, task = waiting.popleft()
+            found = task.result()
+            waiting.extend((following, pool.submit(work, following)) for following in islice(left, 1))
+            yield start, found
