@@ -12,6 +12,7 @@ from typing import Literal
 
 from configs.augment import AugmentConfig
 from configs.checks import ConfigError, require
+from configs.data import DataConfig
 from configs.head import HeadConfig
 
 __all__ = [
@@ -26,30 +27,6 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
 ]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Where the records lie and how they reach the ranks."""
-
-    path: str = ""
-    """Folder with train.rec, train.idx and property."""
-    backend: Literal["auto", "dali", "cpu"] = "auto"
-    """Loader; both give the same batches. auto: DALI on GPUs, the threaded CPU loader otherwise."""
-    threads: int = 4
-    """Decoding threads of each rank."""
-    prefetch: int = 4
-    """Batches decoded ahead on each rank."""
-    flip: bool = True
-    """Mirror half of the images."""
-    max_bad_images: int = 100
-    """Images that do not decode are skipped and counted; all ranks stop together above this many in an epoch."""
-
-    def __post_init__(self) -> None:
-        require(self.backend in ("auto", "dali", "cpu"), "data.backend", self.backend, "auto, dali or cpu")
-        require(self.threads >= 1, "data.threads", self.threads, "at least 1")
-        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
-        require(self.max_bad_images >= 0, "data.max_bad_images", self.max_bad_images, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

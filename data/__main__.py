@@ -10,12 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data.commands import choose, convert, hashes, verify
+from data.commands import choose, convert, hashes, look, verify
 from data.commands.arguments import CORES, Parser, fraction, whole
 from data.commands.packing import Options, bin_of_folder, folder_set, pack_set, rebuild_index, synthetic_set
 from data.errors import DataError
 from data.sources import RESIZE_RULE
-from data.summary import summary
 from data.synthetic import DIFFICULTY_SPREAD
 
 
@@ -60,10 +59,6 @@ def _index(args: argparse.Namespace, console: Console) -> None:
     rebuild_index(args.rec, images_only=args.images_only, console=console)
 
 
-def _inspect(args: argparse.Namespace, console: Console) -> None:
-    print(summary(args.folder))
-
-
 def _bin(args: argparse.Namespace, console: Console) -> None:
     options = Options(args.workers, args.force)
     bin_of_folder(args.source, args.out, pairs=args.pairs, seed=args.seed, options=options, console=console)
@@ -101,14 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--images-only", action="store_true", help="without identity headers, and up to a cut")
     index.set_defaults(run=_index)
 
-    inspect = commands.add_parser("inspect", help="layout, counts and sizes of a set")
-    inspect.add_argument("folder", type=Path)
-    inspect.set_defaults(run=_inspect)
-
     make_bin = commands.add_parser("bin", help="a verification set of a folder of identities", description=RESIZE_RULE)
     make_bin.add_argument("source", type=Path, metavar="FOLDER")
     _common(make_bin, run=_bin, held_out=None, pairs=6000)
-    for module in (verify, hashes, choose, convert):
+    for module in (look, verify, hashes, choose, convert):
         module.add(commands)
     return parser
 

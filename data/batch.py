@@ -6,6 +6,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 
@@ -29,6 +31,10 @@ class ImageSource(Protocol):
     @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of every image."""
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """int64 (num_samples,), the class of every image; only orders that go by class ask for it."""
 
     def image(self, sample: int) -> tuple[int, memoryview]:
         """(label, encoded image); a DataError or RecordError ends the epoch, see `data.base_loader`."""

@@ -10,11 +10,14 @@ import torch
 from configs.augment import AugmentConfig
 from data.base_loader import RecordLoader
 from data.batch import ImageSource, Loader
+from data.class_orders import BalancedOrder, ClassIndex, IdentityOrder
 from data.cpu_loader import CpuLoader
 from data.dali import DaliLoader, DaliUnavailableError
-from data.sampler import BatchPlan
+from data.sampler import BatchPlan, EpochOrder, Order
 
 _log = logging.getLogger(__name__)
+
+Sampler = Literal["shuffle", "balanced", "identities"]
 
 
 def build_loader(
@@ -30,18 +33,24 @@ def build_loader(
     prefetch: int,
     flip: bool,
     augment: AugmentConfig | None = None,
+    sampler: Sampler = "shuffle",
+    images_per_identity: int = 4,
 ) -> Loader:
     """A loader of this rank's batches.
 
     records: a `data.records.RecordSet`; it stays the caller's to close. batch_size: images of this rank a step.
     backend: "auto" takes DALI for a GPU, when it is installed, and the CPU loader otherwise: without a GPU the CPU
     loader is faster, as DALI's images have to be checked first. threads: decoding threads. prefetch: batches in work
-    ahead. flip: mirror half of the images. augment: what else happens to them; None: nothing.
+    ahead. flip: mirror half of the images. augment: what else happens to them; None: nothing. sampler,
+    images_per_identity: see `build_order`.
 
-    Raises DataError when the set does not fill a global batch, DaliUnavailableError when backend is "dali" and DALI
-    does not load. No collective.
+    Raises DataError when an epoch does not fill a global batch, or batch_size cuts a group of an identity's images;
+    DaliUnavailableError when backend is "dali" and DALI does not load. No collective.
     """
-    plan = BatchPlan(records.num_samples, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed)
+    order = build_order(records, sampler=sampler, images_per_identity=images_per_identity, seed=seed)
+    plan = BatchPlan(
+        records.num_samples, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, order=order
+    )
 
     def build(kind: type[RecordLoader]) -> Loader:
         return kind(
@@ -68,3 +77,16 @@ def build_loader(
         return build(CpuLoader)
     _log.info("data.backend=auto: DALI, which decodes on the GPU")
     return loader
+
+
+def build_order(records: ImageSource, *, sampler: Sampler, images_per_identity: int, seed: int) -> Order:
+    """The order of the samples that `sampler` names; all but "shuffle" index the labels of the whole set.
+
+    images_per_identity: images of a group, with "identities".
+    """
+    if sampler == "shuffle":
+        return EpochOrder(records.num_samples, seed=seed)
+    index = ClassIndex(records.labels)
+    if sampler == "balanced":
+        return BalancedOrder(index, seed=seed)
+    return IdentityOrder(index, images_per_identity=images_per_identity, seed=seed)

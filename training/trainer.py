@@ -53,6 +53,8 @@ class Trainer:
             prefetch=config.data.prefetch,
             flip=config.data.flip,
             augment=config.augment,
+            sampler=config.data.sampler,
+            images_per_identity=config.data.images_per_identity,
         )
         self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulation
         if self.steps_per_epoch == 0:

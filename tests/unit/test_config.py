@@ -133,6 +133,8 @@ def test_a_single_name_is_a_list_of_one() -> None:
         ("clustering.temperature=0.001", "clustering.temperature: expected more than 0.02"),
         ("clustering.margin_low=0.9", "clustering.margin_low, margin_high: expected"),
         ("data.backend=mxnet", "data.backend: expected auto, dali or cpu, got 'mxnet'"),
+        ("data.sampler=random", "data.sampler: expected shuffle, balanced or identities, got 'random'"),
+        ("data.images_per_identity=1", "data.images_per_identity: expected at least 2, got 1"),
         ("eval.sets=[1]", "eval.sets: expected a list of names, got [1]"),
         ("eval.sets={a", "not valid YAML"),
         ("model.backbone=null", "model.backbone: expected text, in quotes where"),
@@ -194,7 +196,7 @@ def test_every_field_has_a_docstring_or_a_plain_name() -> None:
         "name",
         "batch_size",
     }
-    files = ("configs/head.py", "configs/augment.py", "configs/schema.py")
+    files = ("configs/head.py", "configs/augment.py", "configs/data.py", "configs/schema.py")
     source = "".join((ROOT / name).read_text() for name in files)
     for section in dataclasses.fields(RunConfig):
         for field in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]

@@ -110,7 +110,7 @@ def test_each_epoch_drops_another_tail() -> None:
 
 
 def test_refusals_say_what_to_do() -> None:
-    with pytest.raises(DataError, match=r"2 rank\(s\) x 100 images = 200 a step, but the set has 192 images: lower"):
+    with pytest.raises(DataError, match=r"2 rank\(s\) x 100 images = 200 a step, but an epoch has 192 images: lower"):
         BatchPlan(192, batch_size=100, rank=0, world_size=2, seed=0)
     for rank, world_size, batch_size in [(2, 2, 1), (-1, 2, 1), (0, 1, 0)]:
         with pytest.raises(DataError, match="0 <= rank < world_size"):

@@ -1,0 +1,39 @@
+"""Settings of the training set: where it lies, in which order it comes, and how it is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from configs.checks import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where the records lie and how they reach the ranks."""
+
+    path: str = ""
+    """Folder with train.rec, train.idx and property."""
+    backend: Literal["auto", "dali", "cpu"] = "auto"
+    """Loader; both give the same batches. auto: DALI on GPUs, the threaded CPU loader otherwise."""
+    threads: int = 4
+    """Decoding threads of each rank."""
+    prefetch: int = 4
+    """Batches decoded ahead on each rank."""
+    sampler: Literal["shuffle", "balanced", "identities"] = "shuffle"
+    """Order of the images: a shuffle; every identity equally often; groups of images of one identity (docs/data.md)."""
+    images_per_identity: int = 4
+    """K, images of a group, with data.sampler=identities; train.batch_size must be a multiple of it."""
+    flip: bool = True
+    """Mirror half of the images."""
+    max_bad_images: int = 100
+    """Images that do not decode are skipped and counted; all ranks stop together above this many in an epoch."""
+
+    def __post_init__(self) -> None:
+        require(self.backend in ("auto", "dali", "cpu"), "data.backend", self.backend, "auto, dali or cpu")
+        require(self.threads >= 1, "data.threads", self.threads, "at least 1")
+        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
+        samplers = ("shuffle", "balanced", "identities")
+        require(self.sampler in samplers, "data.sampler", self.sampler, "shuffle, balanced or identities")
+        require(self.images_per_identity >= 2, "data.images_per_identity", self.images_per_identity, "at least 2")
+        require(self.max_bad_images >= 0, "data.max_bad_images", self.max_bad_images, "0 or more")
