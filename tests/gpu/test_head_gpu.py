@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from configs.head import HeadConfig
 from partial_fc.head import PartialFCHead
 from partial_fc.optim import CentreSGD
+from tests.unit.test_fused_optim import _align
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -35,23 +36,27 @@ def _head(device: str, classes: int, product_dtype: torch.dtype = torch.float32,
     ).to(device)
 
 
-def _train(head: PartialFCHead, steps: range) -> torch.Tensor:
+def _train(head: PartialFCHead, steps: range, *, aligned: bool = False) -> torch.Tensor:
+    """aligned: with rows of another loss's gradient beside the softmax's."""
     optimizer = CentreSGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         x_BD = F.normalize(torch.randn(123, 252, generator=generator)).to(head.weight.device).requires_grad_()
         labels_B = torch.randint(0, head.num_classes, (123,), generator=generator).to(head.weight.device)
-        head(head.gather(x_BD, labels_B, labels_B), step=step).backward()
+        loss = head(head.gather(x_BD, labels_B, labels_B), step=step)
+        (loss + 0.1 * _align(head, labels_B) if aligned else loss).backward()
         optimizer.step()
+        optimizer.zero_grad()
     return head.weight.detach()
 
 
+@pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_trains_as_on_the_cpu(name: str) -> None:
+def test_trains_as_on_the_cpu(name: str, aligned: bool) -> None:
     settings = SETTINGS[name]
     start = _head("cpu", 4099, **settings).weight.detach()
-    truth = _train(_head("cpu", 4099, **{**settings, "impl": "torch"}), range(4))
-    found = _train(_head("cuda", 4099, **settings), range(4)).cpu()
+    truth = _train(_head("cpu", 4099, **{**settings, "impl": "torch"}), range(4), aligned=aligned)
+    found = _train(_head("cuda", 4099, **settings), range(4), aligned=aligned).cpu()
     assert float((found - truth).norm() / (truth - start).norm()) < 1e-4
 
 
