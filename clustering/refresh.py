@@ -24,6 +24,15 @@ from clustering.publication import Publication, dominant_classes
 from clustering.published import Published
 from configs.schema import ClusteringConfig
 
+_COMPARISONS = 3 << 30
+"""Of a slice on a GPU: 5 ms of an H100 at D = 512. Every slice makes the host wait once, so that few are better."""
+_MOST = 1 << 15
+
+
+def points_at_once(num_clusters: int, device: torch.device) -> int:
+    """Points of a slice where the settings leave it open."""
+    return min(_MOST, max(1, _COMPARISONS // num_clusters)) if device.type == "cuda" else 4096
+
 
 class Refresh:
     """`advance()` does one slice. The number of slices is known beforehand, and the same on every rank."""
@@ -41,10 +50,12 @@ class Refresh:
         began: int,
         steps: int,
         group: dist.ProcessGroup,
+        block: int | None = None,
     ) -> None:
         """previous: the version in use, from whose centres k-means starts; without one from means of the classes, or
         of the clusters start_P (int64 (P,), -1 for none). began: steps that training had finished. steps: over how
-        many more this is spread. No collective. Makes all buffers of size, so memory that lacks shows here.
+        many more this is spread. block: points of a slice, of a saved one that is to go on; None: as the settings say.
+        No collective. Makes all buffers of size, so memory that lacks shows here.
         """
         self.began, self.plan = began, Plan(steps=steps, iterations=config.iterations)
         self.guard = Guard()
@@ -59,7 +70,7 @@ class Refresh:
             num_clusters=num_clusters,
             num_classes=num_classes,
             iterations=config.iterations,
-            block=config.block,
+            block=block or config.block or points_at_once(num_clusters, self.points.x_PD.device),
             gate=self._gate if config.noise_gate else None,
             group=group,
             start_P=start_P,
@@ -144,6 +155,7 @@ class Refresh:
             "steps": self.plan.steps,
             "iterations": self.plan.iterations,
             "done": self.done,
+            "block": self.run.block,
             "failure": self.guard.failure,
             "x": self.points.x_PD,
             "run": self.run.state_dict(),

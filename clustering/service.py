@@ -201,7 +201,7 @@ class ClusterService:
             refresh.take_plan(self._pace.plan(refresh.plan, refresh.slices, longest, self.group, self.device))
             self._refresh = refresh
 
-    def _new_refresh(self) -> Refresh:
+    def _new_refresh(self, block: int | None = None) -> Refresh:
         first = self._published is None
         return Refresh(
             bank=self.bank,
@@ -214,6 +214,7 @@ class ClusterService:
             began=self._done,
             steps=self.schedule.span,
             group=self.group,
+            block=block,
         )
 
     def _conclude(self, refresh: Refresh) -> None:
@@ -307,6 +308,9 @@ class ClusterService:
                     f"saved clusters are of {name} = {state['shape'][name]}, this run has {mine}: resume with the "
                     "same data, settings and number of ranks"
                 )
+        published, refresh = state["published"] or {"drops_suspects": True}, state["refresh"] or {"block": 0}
+        if "drops_suspects" not in published or "block" not in refresh:
+            raise ClusterStateError("saved clusters are of an earlier version of this program: start a new run")
         self.bank.load_state_dict(state["bank"])
         self._done, self._first_published = state["done"], state["first_published"]
         self.failed_refreshes = state["failed_refreshes"]
@@ -316,10 +320,8 @@ class ClusterService:
         self._smallest = torch.full_like(self._smallest, self.margin)
         self._margins_of = (0, 0.0)
         if state["published"] is not None:
-            if "drops_suspects" not in state["published"]:
-                raise ClusterStateError("saved clusters are of an earlier version of this program: start a new run")
             self._adopt(Published.from_state_dict(state["published"], self.device))
         if state["refresh"] is not None:
-            self._refresh = self._new_refresh()
+            self._refresh = self._new_refresh(refresh["block"])
             self._refresh.load_state_dict(state["refresh"])
         self._set_margins()

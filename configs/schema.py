@@ -57,8 +57,8 @@ class ClusteringConfig:
     """Epochs between the starts of two refreshes."""
     refresh_span: float = 0.5
     """Share of that interval over which a refresh is spread, slice by slice."""
-    block: int = 4096
-    """Samples a slice assigns at a time."""
+    block: int = 0
+    """Samples a slice assigns at a time; 0: 4096 on CPUs, and on GPUs by the number of clusters, up to 32768."""
     step_budget: float = 0.0
     """Largest share of a training step's time for refreshes, which are spread longer or cut to keep it; 0: no limit."""
     start: str = ""
@@ -114,7 +114,7 @@ class ClusteringConfig:
         require(0 < self.refresh_span <= 1, at + "refresh_span", self.refresh_span, "0 < span <= 1")
         for name in ("drop_from", "drop_kept"):
             require(0 <= getattr(self, name) <= 1, at + name, getattr(self, name), "0 to 1")
-        require(self.block >= 1, at + "block", self.block, "at least 1")
+        require(self.block >= 0, at + "block", self.block, "0 or more")
         require(0 <= self.step_budget < 1, at + "step_budget", self.step_budget, "0 (no limit) to below 1")
         for name in ("bank_momentum", "centre_momentum", "hard_level_momentum"):
             value = getattr(self, name)

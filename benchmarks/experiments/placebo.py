@@ -56,10 +56,10 @@ class _Placebo(ClusterService):
     def _lie(self, published: Published, draw: torch.Generator) -> Published:
         raise NotImplementedError
 
-    def _new_refresh(self) -> Refresh:
+    def _new_refresh(self, block: int | None = None) -> Refresh:
         shown, self._published = self._published, self._honest
         try:
-            return super()._new_refresh()
+            return super()._new_refresh(block)
         finally:
             self._published = shown
 

@@ -200,7 +200,18 @@ def _statistics(group: dist.ProcessGroup) -> tuple[dict[str, float], dict[str, f
 def test_statistics(ranks: RankPool) -> None:
     before, after = ranks.run(2, _statistics)[0]
     assert before == {"clusters/version": 0.0, "clusters/ramp": 0.0, "clusters/failed_refreshes": 0.0}
-    shares = {"seen", "suspects", "moved", "purity", "empty", "agreement", "hard_level_mean", "hard_level_deviation"}
+    shares = {
+        "seen",
+        "suspects",
+        "suspects_kept",
+        "drops_suspects",
+        "moved",
+        "purity",
+        "empty",
+        "agreement",
+        "hard_level_mean",
+        "hard_level_deviation",
+    }
     names = {*shares, "version", "ramp", "margin_mean", "margin_deviation", "failed_refreshes"}
     assert set(after) == {f"clusters/{name}" for name in names}
     assert all(0 <= after[f"clusters/{name}"] <= 1 for name in shares)

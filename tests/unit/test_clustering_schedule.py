@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from clustering.pace import Plan, plan_refresh
+from clustering.refresh import points_at_once
 from clustering.schedule import RefreshSchedule
 from configs.schema import ClusteringConfig
 
@@ -95,3 +97,12 @@ def test_ramp_waits_for_the_first_publication() -> None:
     assert schedule.ramp(25, published=10) == pytest.approx(0.75), "published earlier"
     assert _schedule(100, 30, warmup_fraction=0.1, ramp_fraction=0.0).ramp(45) == 1
     assert _schedule(40, 30, warmup_fraction=0.0, ramp_fraction=0.0).ramp(39) == 0, "no refresh fits: plain to the end"
+
+
+def test_points_of_a_slice() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert [points_at_once(clusters, cpu) for clusters in (1, 2_300_000)] == [4096, 4096]
+    assert [points_at_once(clusters, gpu) for clusters in (1, 1000, 107_446, 414_267, 2_300_000)] == [
+        *(32768, 32768, 29979, 7775, 1400),
+    ]
+    assert points_at_once(1 << 40, gpu) == 1
