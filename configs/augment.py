@@ -41,3 +41,8 @@ class AugmentConfig:
         for name in ("low_resolution_side", "crop_area", "occlusion_area"):
             require(0.02 <= getattr(self, name) <= 1, at + name, getattr(self, name), "0.02 to 1")
         require(0 < self.blur_sigma <= 10, at + "blur_sigma", self.blur_sigma, "more than 0, to 10 pixels")
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing ever happens."""
+        return not (self.colour or self.grey or self.low_resolution or self.blur or self.crop or self.occlusion)

@@ -15,7 +15,7 @@ class DataConfig:
     path: str = ""
     """Folder with train.rec, train.idx and property."""
     backend: Literal["auto", "dali", "cpu"] = "auto"
-    """Loader; both give the same batches. auto: DALI on GPUs, the threaded CPU loader otherwise."""
+    """Loader; both give the same batches. auto: the CPU loader, but DALI where a GPU can augment."""
     threads: int = 4
     """Decoding threads of each rank."""
     prefetch: int = 4

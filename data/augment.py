@@ -88,16 +88,12 @@ class Augment:
     def __init__(self, config: AugmentConfig, *, size: tuple[int, int], seed: int) -> None:
         """size: (height, width) of the images."""
         self.config, self._size, self._seed = config, size, seed
+        self.idle = config.idle
         self.colours = config.colour > 0 or config.grey > 0
         """Whether any image's may change; the next three alike."""
         self.shrinks = config.low_resolution > 0
         self.blurs = config.blur > 0
         self.covers = config.crop > 0 or config.occlusion > 0
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing ever happens."""
-        return not (self.colours or self.shrinks or self.blurs or self.covers)
 
     def draw(self, samples_B: npt.NDArray[np.int64], epoch: int) -> Drawn:
         """samples_B: int64 sample ids."""
@@ -179,7 +175,10 @@ def apply_(pixels: Pixels, drawn: Drawn, row: int) -> None:
         cv2.resize(np.asarray(small), pixels.shape[1::-1], dst=pixels, interpolation=cv2.INTER_LINEAR)
     if sigma := float(drawn.sigma_B[row]):
         window = 2 * math.ceil(3 * np.float32(sigma)) + 1
-        cv2.GaussianBlur(pixels, (window, window), sigma, dst=pixels)
+        kernel = cv2.getGaussianKernel(window, sigma, cv2.CV_32F)
+        cv2.sepFilter2D(
+            pixels, -1, kernel, kernel, dst=pixels
+        )  # a third of GaussianBlur's time, which rounds otherwise
     for top, left, height, width in drawn.boxes_BK4[row].tolist():
         pixels[top : top + height, left : left + width] = 0
 

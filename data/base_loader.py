@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -76,6 +77,7 @@ class RecordLoader(ABC):
         flip: bool,
         augment: AugmentConfig,
     ) -> None:
+        cv2.setNumThreads(1)  # in this process: our threads are as many as wanted, and OpenCV's wait for each other
         self._records, self._plan, self._device = records, plan, device
         self._augment = Augment(augment, size=records.image_size, seed=plan.order.seed)
         self._threads, self._ahead, self._flip = threads, prefetch, flip

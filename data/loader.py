@@ -39,10 +39,10 @@ def build_loader(
     """A loader of this rank's batches.
 
     records: a `data.records.RecordSet`; it stays the caller's to close. batch_size: images of this rank a step.
-    backend: "auto" takes DALI for a GPU, when it is installed, and the CPU loader otherwise: without a GPU the CPU
-    loader is faster, as DALI's images have to be checked first. threads: decoding threads. prefetch: batches in work
-    ahead. flip: mirror half of the images. augment: what else happens to them; None: nothing. sampler,
-    images_per_identity: see `build_order`.
+    backend: "auto" takes DALI where a GPU can augment, when it is installed, and the CPU loader otherwise: that decodes
+    faster than DALI on a GPU's host too, as DALI's images have to be checked first (docs/experiments.md). threads:
+    decoding threads. prefetch: batches in work ahead. flip: mirror half of the images. augment: what else happens to
+    them; None: nothing. sampler, images_per_identity: see `build_order`.
 
     Raises DataError when an epoch does not fill a global batch, or batch_size cuts a group of an identity's images;
     DaliUnavailableError when backend is "dali" and DALI does not load. No collective.
@@ -67,15 +67,15 @@ def build_loader(
         return build(CpuLoader)
     if backend == "dali":
         return build(DaliLoader)
-    if device.type != "cuda":
-        _log.info("data.backend=auto: the CPU loader, which decodes faster than DALI without a GPU")
+    if device.type != "cuda" or augment is None or augment.idle:
+        _log.info("data.backend=auto: the CPU loader, which decodes faster than DALI, and augments nothing")
         return build(CpuLoader)
     try:
         loader = build(DaliLoader)
     except DaliUnavailableError as error:
         _log.info("data.backend=auto: the CPU loader, as %s", error)
         return build(CpuLoader)
-    _log.info("data.backend=auto: DALI, which decodes on the GPU")
+    _log.info("data.backend=auto: DALI, which augments on the GPU")
     return loader
 
 

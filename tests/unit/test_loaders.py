@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from configs.augment import AugmentConfig
 from data.base_loader import Draft, Planned
 from data.batch import Batch, Loader
 from data.cpu_loader import CpuLoader
@@ -299,13 +300,15 @@ def test_dali_itself_fails_on_what_the_check_would_have_refused(
 def test_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     assert isinstance(_loader(backend="auto"), CpuLoader)
-    assert "decodes faster than DALI without a GPU" in caplog.text
-    gpu = torch.device("cuda", 0)
-    assert isinstance(_loader(backend="auto", device=gpu), DaliLoader)
+    assert "decodes faster than DALI" in caplog.text
+    gpu, blurred = torch.device("cuda", 0), AugmentConfig(blur=0.1)
+    assert isinstance(_loader(backend="auto", augment=blurred), CpuLoader)
+    assert isinstance(_loader(backend="auto", device=gpu), CpuLoader)
+    assert isinstance(_loader(backend="auto", device=gpu, augment=blurred), DaliLoader)
     monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)  # an import of it now fails
     with pytest.raises(DaliUnavailableError, match=r"install nvidia-dali-cuda130 .* or use data.backend=cpu"):
         _loader(backend="dali")
-    assert isinstance(_loader(backend="auto", device=gpu), CpuLoader)
+    assert isinstance(_loader(backend="auto", device=gpu, augment=blurred), CpuLoader)
     assert "DALI does not load" in caplog.text
     assert isinstance(_loader(backend="cpu", device=gpu), CpuLoader)
 
@@ -320,4 +323,4 @@ def test_on_a_gpu(backend: str) -> None:
     batches = list(_loader(records, backend, device=torch.device("cuda", 0)).epoch(0))
     assert all(t.device.type == "cuda" for batch in batches for t in (batch.images, batch.labels, batch.sample_ids))
     on_host = [Batch(b.images.cpu(), b.labels.cpu(), b.sample_ids.cpu()) for b in batches]
-    _same(on_host, list(_loader(records).epoch(0)), tolerance=2)
+    _same(on_host, list(_loader(records).epoch(0)), tolerance=3)  # nvJPEG on an H200: over 2 in 1 number of 10^5
