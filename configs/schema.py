@@ -185,8 +185,6 @@ class TrainConfig:
     """auto: CUDA where there is a GPU for each rank, else the CPU."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: the backbone runs under autocast, and on GPUs the products of head and clusters take bf16 operands."""
-    compile: bool = False
-    """On GPUs, the backbone through torch.compile: a minute more at the start, less time a step (docs/operating.md)."""
     epochs: int = 20
     batch_size: int = 128
     """Images a rank takes in one micro-batch."""

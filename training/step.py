@@ -9,7 +9,7 @@ head's memory is free before the backbone's backward begins, and its time can be
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,8 +57,6 @@ class TrainStep:
     ) -> None:
         self.backbone, self.head, self.service, self.optimizers = backbone, head, service, optimizers
         self.config, self.device = config, device
-        compiled = config.train.compile and device.type == "cuda"
-        self._embed: Callable[[Tensor], Tensor] = torch.compile(backbone) if compiled else backbone
         self.head_time, self.cluster_time = Stopwatch(device), Stopwatch(device)
 
     def __call__(self, batches: Sequence[Batch], *, step: int, lr: float) -> StepValues:
@@ -96,7 +94,7 @@ class TrainStep:
     def _accumulate(self, micro: Batch, step: int, share: float) -> tuple[Tensor, GatheredBatch]:
         bf16 = self.config.train.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            embedding_BD = self._embed(normalise_pixels(micro.images))
+            embedding_BD = self.backbone(normalise_pixels(micro.images))
 
         with self.head_time:
             leaf_BD = embedding_BD.detach().float().requires_grad_()

@@ -82,7 +82,7 @@ def _train(
             refresh_span=0.3,
         ),
         optim=OptimConfig(lr=0.05, reference_batch=0),
-        train=TrainConfig(precision="fp32", compile=True),
+        train=TrainConfig(precision="fp32"),
     )
     torch.manual_seed(5)
     toy = Toy()
@@ -111,7 +111,6 @@ def _train(
     train_step = TrainStep(
         backbone=backbone, head=head, service=service, optimizers=optimizers, config=config, device=CPU
     )
-    assert train_step._embed is backbone, "on CPUs nothing is compiled"
     losses = []
     for step in range(steps):
         values = train_step(_batches(ranks.rank, ranks.world_size, accumulation, step), step=step, lr=0.05)

@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CONFIG = Path(__file__).parents[2] / "configs" / "ms1mv3_r50.yaml"
 SETTINGS: dict[str, list[str]] = {
     "clusters": [],
-    "compiled": ["train.compile=true"],
     "hard classes, sampled": ["head.sample_rate=0.3", "clustering.hard_negatives=4"],
 }
 
@@ -50,18 +49,3 @@ def test_no_step_waits_for_the_device(name: str) -> None:
         assert arm.service.version == 1
         assert torch.isfinite(values.total)
         assert float(values.contrastive) > 0
-
-
-def test_a_compiled_backbone_trains_alike() -> None:
-    labels_N = torch.from_numpy(long_tailed_labels(600, 60, np.random.default_rng(0)))
-    losses = []
-    with open_ranks(TrainConfig(device="cuda")) as ranks:
-        pixels = torch.randint(0, 256, (32, *IMAGE_SIZE, 3), dtype=torch.uint8, device=ranks.device)
-        batch = Batch(pixels.permute(0, 3, 1, 2), labels_N[:32].to(ranks.device), torch.arange(32, device=ranks.device))
-        for compiled in ("true", "false"):
-            config = load_config(CONFIG, ["model.backbone=iresnet18", f"train.compile={compiled}"])
-            arm = Arm(config, labels_N, 20, ranks, guided=False)
-            values = [arm.train_step([batch], step=step, lr=1e-2) for step in range(4)]
-            losses.append([float(value.total) for value in values])
-    assert losses[1][3] < losses[1][0]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # bf16 rounds elsewhere where layers are fused
