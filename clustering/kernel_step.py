@@ -42,6 +42,17 @@ def _unit_or(values_d, otherwise_d):
     return tl.where(length > _TINY, tl.div_rn(values_d, tl.maximum(length, _TINY)), otherwise_d)
 
 
+@triton.jit
+def _comes_before(ids, labels, sample, n):
+    """How many labelled rows before n show the same sample."""
+    before = 0
+    for start in range(0, n, LOOKED_AT):
+        j = start + tl.arange(0, LOOKED_AT)
+        same_j = (tl.load(ids + j, mask=j < n, other=-1) == sample) & (tl.load(labels + j, mask=j < n, other=-1) >= 0)
+        before += tl.sum(same_j.to(tl.int32), axis=0)
+    return before
+
+
 @triton.jit(do_not_specialize=["samples"])
 def _store_kernel(
     x, ids, labels, slots, bank, seen, samples, momentum, MOMENTUM: tl.constexpr, D: tl.constexpr, E: tl.constexpr
@@ -52,7 +63,7 @@ def _store_kernel(
     sample = tl.load(ids + n)
     known = (tl.load(labels + n) >= 0) & (sample >= 0) & (sample < samples)
     slot = tl.load(slots + sample, mask=known, other=-1).to(tl.int64)
-    if (slot >= 0) & _finite(x_d):
+    if (slot >= 0) & _finite(x_d) & (_comes_before(ids, labels, sample, tl.program_id(0)) == 0):
         if MOMENTUM:
             old_d = tl.load(bank + slot * D + d, mask=d < D, other=0.0).to(tl.float32)
             before = tl.load(seen + slot)

@@ -76,14 +76,15 @@ def first_of_each(values_N: Tensor) -> Tensor:
 def store(bank: BankRows, x_ND: Tensor, ids_N: Tensor, labels_N: Tensor, momentum: float) -> None:
     """Rows of the batch that lie here into the bank: those with a label whose numbers are all finite.
 
-    A sample that comes twice in a batch leaves one of its rows, or parts of both.
+    Of a sample that comes several times in a batch its first row counts.
 
     momentum: above 0 a row becomes unit(momentum row + (1 - momentum) x) when its sample comes again.
     """
     samples, nowhere = len(bank.slot_of_sample), len(bank.x_XD) - 1
-    known_N = (labels_N >= 0) & (ids_N >= 0) & (ids_N < samples) & x_ND.isfinite().all(1)
+    known_N = (labels_N >= 0) & (ids_N >= 0) & (ids_N < samples)
     slot_N = bank.slot_of_sample[ids_N.clamp(0, samples - 1)].long()
     slot_N = torch.where(known_N & (slot_N >= 0), slot_N, nowhere)
+    slot_N = torch.where(first_of_each(slot_N) & x_ND.isfinite().all(1), slot_N, nowhere)
     if momentum:
         mean_ND = torch.lerp(x_ND, bank.x_XD[slot_N].to(x_ND.dtype), momentum)
         x_ND = torch.where(bank.seen_X[slot_N, None], unit_or(mean_ND, x_ND), x_ND)

@@ -65,6 +65,7 @@ class _Problem:
         self.ids_N = torch.randperm(samples, generator=generator)[:rows]
         self.labels_N = whole(self.classes + 6, rows)  # of three ranks
         self.labels_N[::9] = -1
+        self.ids_N[4::10] = self.ids_N[::10][: len(self.ids_N[4::10])]  # come twice
         self.ids_N[1::10] = samples + 3
         self.ids_N[2::10] = -1
         self.odd_ND = self.x_ND.clone()  # what a bank and centres may be offered

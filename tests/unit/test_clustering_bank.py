@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from clustering.bank import EmbeddingBank
@@ -151,6 +152,18 @@ def test_rows_that_are_not_finite_leave_what_was_there(value: float) -> None:
     assert stored[1] == [2.0] * DIM, "the former one"
     assert stored[3] == [1.0] * DIM
     assert bank.sample_P[bank.points().seen_P].tolist() == [1, 3, 5]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_of_a_sample_that_comes_twice_the_first_labelled_row_counts(momentum: float) -> None:
+    bank = _bank(momentum=momentum)
+    x_ND = F.normalize(torch.randn(5, DIM, generator=torch.Generator().manual_seed(0)))
+    batch = _batch([5, 1, 5, 1, 5], x_ND)
+    batch.labels_N[0] = -1
+    bank.update(batch)
+    stored = dict(zip(bank.sample_P.tolist(), bank.points().x_PD, strict=True))
+    assert torch.equal(stored[1], x_ND[1])
+    assert torch.equal(stored[5], x_ND[2])
 
 
 def test_a_snapshot_stays_as_it_is() -> None:

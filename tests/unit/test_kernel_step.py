@@ -35,7 +35,7 @@ def test_the_trial_is_passed(interpreter: Run) -> None:
 
 
 def _trial() -> str:
-    return trial(kernel_ops(), CPU)
+    return trial(kernel_ops(), CPU, rows=140)
 
 
 def test_the_trial_names_what_differs() -> None:
