@@ -35,6 +35,7 @@ bench: $(STAMP)  ## benchmarks that run on this machine, some ten minutes on 2 c
 	@$(BIN)/python -m benchmarks.head --rates 1 0.1 0.01 --plot runs/bench/head.png
 	@$(BIN)/python -m benchmarks.optim
 	@$(BIN)/python -m benchmarks.collectives
+	@$(BIN)/python -m benchmarks.data --images 5000
 
 # Results are named by theme, GPU and date.
 GPUS = $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | wc -l)
