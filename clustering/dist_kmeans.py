@@ -36,6 +36,8 @@ from partial_fc.collectives import all_reduce_
 from sharding import all_shards
 
 _ADDED_AT_A_TIME = 128
+_MOST_ADDED = 1 << 20
+"""Points that are added to sums at a time: 4 ms of a GPU's memory."""
 """Centres that a point is compared with in the time in which it is added to a sum: makes slices of about one cost."""
 _SAVED = ("centres_SD", "best_P", "index_P", "counted_P", "taking_part_P", "seed_point_Q", "seed_cluster_Q")
 
@@ -98,7 +100,7 @@ class KMeansRun:
         self._shown: tuple[int, Tensor] | None = None
         self._summed = (0, 0)
         self._withdrawn = False
-        self.added = block * max(1, num_clusters // (_ADDED_AT_A_TIME * world_size))
+        self.added = max(block, min(_MOST_ADDED, block * max(1, num_clusters // (_ADDED_AT_A_TIME * world_size))))
         """Points that are added to sums in about the time of a slice."""
         self._slices = self._plan(iterations, world_size)
         self.done = 0

@@ -82,6 +82,12 @@ def add_moved_(sums_SD: Tensor, x_qD: Tensor, old_q: Tensor, new_q: Tensor, roun
             sums_SD.index_add_(0, row_q[takes_part_q], grid_qD[takes_part_q], alpha=sign)
 
 
+def prepare(device: torch.device) -> None:
+    """Compile and try the kernels now, if that is a GPU, and not when they are first needed."""
+    if device.type == "cuda":
+        _kernels(device)
+
+
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
     """`clustering.kernel_float64_rows`, if it runs on that GPU and passes its trial; said once if not."""

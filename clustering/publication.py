@@ -160,7 +160,7 @@ class Publication:
         suspects = suspects_C.sum()
         still, before = self._kept_2
         enough = (suspects >= c.drop_from * (suspects + n_C.sum())) & (suspects > 0)
-        sure = still >= c.drop_kept * before.clamp_min(1)  # never of a first version
+        sure = still >= c.drop_kept * before.clamp_min(1)  # of a first version only where any will do
         self._drops = enough & sure & c.drop_suspects
         # Suspects that the margin softmax sees, at the smallest margin.
         trained = torch.where(self._drops, 0, suspects)

@@ -24,6 +24,7 @@ from clustering.bank import EmbeddingBank
 from clustering.class_report import ClassReport, easiest_and_hardest
 from clustering.contrastive import Candidates, contrastive_loss
 from clustering.errors import ClusterStateError
+from clustering.float64_rows import prepare
 from clustering.guard import Guard, agree
 from clustering.margins import ramped
 from clustering.pace import Pace, Stopwatch
@@ -83,6 +84,7 @@ class ClusterService:
             momentum=config.bank_momentum,
         )
         step_ops(torch.empty(0, dim, device=device))  # compiled and tried now, not in a step
+        prepare(device)
         self.classes = self.bank.shard
         self.clusters = shard_of(dist.get_rank(group), dist.get_world_size(group), self.num_clusters)
         self.schedule = RefreshSchedule.of(config, total_steps=total_steps, steps_per_epoch=steps_per_epoch)

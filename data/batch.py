@@ -41,7 +41,7 @@ class ImageSource(Protocol):
 
 
 class Loader(Protocol):
-    """Batches of one rank. Both loaders give the same ones: ids and labels exactly, pixels within 2 grey levels."""
+    """Batches of one rank. Both loaders give the same ones: ids and labels exactly, pixels within 3 grey levels."""
 
     backend: str
     steps_per_epoch: int

@@ -20,6 +20,8 @@ from data.files import appearing
 
 NAME = "hashes.json"
 BLOCK = 1 << 26
+_MOST_THREADS = 4
+"""The whole file's hash is made by one thread: more would wait for it, with a block each."""
 _VERSION = 1
 _FILES = ("train.rec", "train.idx", "property", "identities.txt", "labels.csv")
 _SUFFIXES = (".bin",)
@@ -76,12 +78,12 @@ def check_hashes(folder: Path, *, threads: int, progress: Progress) -> list[Faul
             faults.append(Fault(file=name, what=f"expected {expected['size']} bytes, found {found['size']}"))
         block = content["block"]
         pairs = zip(expected["blocks"], found["blocks"], strict=False)
+        changed = [n for n, (old, new) in enumerate(pairs) if old != new]
         faults += [
-            Fault(file=name, what="changed", begin=n * block, end=min((n + 1) * block, found["size"]))
-            for n, (old, new) in enumerate(pairs)
-            if old != new
+            Fault(file=name, what="changed", begin=n * block, end=min((n + 1) * block, found["size"])) for n in changed
         ]
-        if found == {**expected, "sha256": found["sha256"]} and found["sha256"] != expected["sha256"]:
+        same = found["sha256"] == expected["sha256"]
+        if found["size"] == expected["size"] and same != (found["blocks"] == expected["blocks"]):
             raise DataError(f"{folder / NAME}: hash and block hashes of {name} contradict each other: write it anew")
     return faults
 
@@ -100,6 +102,7 @@ def _blocks(path: Path, block: int, threads: int) -> Iterator[tuple[bytes, str]]
     """Content and hash of each block; hashed by threads ahead, as hashing runs outside of Python's lock."""
     waiting: deque[tuple[bytes, Future[str]]] = deque()
     try:
+        threads = min(threads, _MOST_THREADS)
         with path.open("rb") as file, ThreadPoolExecutor(threads) as pool:
             while data := file.read(block):
                 waiting.append((data, pool.submit(_digest, data)))
@@ -120,8 +123,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         files = content["files"]
-        fine = content["version"] == _VERSION and content["algorithm"] == "sha256" and content["block"] > 0
-        fine &= all(_is_entry(name, entry) for name, entry in files.items())
+        fine = content["version"] == _VERSION and content["algorithm"] == "sha256" and isinstance(content["block"], int)
+        fine &= content["block"] > 0 and len(files) > 0 and all(_is_entry(name, entry) for name, entry in files.items())
     except FileNotFoundError:
         raise DataError(f"{path}: missing: write it with `python -m data hash {path.parent}`") from None
     except OSError as error:

@@ -133,7 +133,10 @@ def _listed(path: Path, names: Sequence[str], num_classes: int) -> list[int]:
         text = line.strip()
         if not text:
             continue
-        label = number.get(text, int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1)
+        as_number = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
+        label = number.get(text, as_number)
+        if text in number and 0 <= as_number < num_classes and as_number != label:
+            raise DataError(f"{path}: line {at}: {text!r} is a name of identities.txt and another class's number")
         if not 0 <= label < num_classes:
             expected = f"a class from 0 to {num_classes - 1}" + (" or a name of identities.txt" if names else "")
             raise DataError(f"{path}: line {at}: expected {expected}, found {text!r:.60}")

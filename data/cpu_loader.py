@@ -48,7 +48,6 @@ class CpuLoader(RecordLoader):
     backend = "cpu"
 
     def _batches(self, epoch: int, start_step: int) -> Generator[Batch, None, None]:
-        cv2.setNumThreads(1)  # each image has a thread of ours; OpenCV's own take CPU time and gain none
         size = self._records.image_size
         drafts = prefetch(
             (_PixelDraft(plan, size=size, pinned=self._pinned) for plan in self._plans(epoch, start_step)),

@@ -67,8 +67,11 @@ def build_loader(
         return build(CpuLoader)
     if backend == "dali":
         return build(DaliLoader)
-    if device.type != "cuda" or augment is None or augment.idle:
-        _log.info("data.backend=auto: the CPU loader, which decodes faster than DALI, and augments nothing")
+    if augment is None or augment.idle:
+        _log.info("data.backend=auto: the CPU loader, which decodes faster than DALI")
+        return build(CpuLoader)
+    if device.type != "cuda":
+        _log.info("data.backend=auto: the CPU loader, which decodes faster than DALI; no GPU is there to augment")
         return build(CpuLoader)
     try:
         loader = build(DaliLoader)

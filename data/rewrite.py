@@ -26,6 +26,8 @@ from data.records import RecordSet
 Ints = npt.NDArray[np.int64]
 LEFT_OUT = -1
 _NAMES = "identities.txt"
+SIDE_FILES = (_NAMES, "labels.csv", "findings.json", "hashes.json")
+"""What may lie beside a set and is about it: it goes with it."""
 _LAST = "train.idx"
 
 
@@ -113,11 +115,7 @@ def write_set(
     headers. force: replace a set that is there. Raises DataError.
     """
     names = ["train.rec", "property", *texts, _LAST]
-    there = [name for name in (*names, _NAMES) if (out / name).exists()]
-    if there and not force:
-        raise DataError(
-            f"{out}: expected no set there, found {there[0]}: name another folder, or replace it with --force"
-        )
+    refuse_existing(out, force=force)
     with appearing([out / name for name in names]) as partial:
         to = dict(zip(names, partial, strict=True))
         properties = Properties(num_classes=num_classes, image_size=image_size, pair=num_classes > EXACT)
@@ -128,9 +126,18 @@ def write_set(
         count = write(to["train.rec"], to[_LAST], images, num_classes=num_classes)
         if not count:
             raise DataError(f"{out}: no image to write")
-    if _NAMES in there and _NAMES not in names:
-        (out / _NAMES).unlink()  # of the set that was replaced
+    for name in set(SIDE_FILES) - set(names):
+        (out / name).unlink(missing_ok=True)  # of the set that was replaced
     return count
+
+
+def refuse_existing(out: Path, *, force: bool) -> None:
+    """Raise DataError where a set is, unless it may be replaced."""
+    there = [name for name in ("train.rec", "property", _LAST, *SIDE_FILES) if (out / name).exists()]
+    if there and not force:
+        raise DataError(
+            f"{out}: expected no set there, found {there[0]}: name another folder, or replace it with --force"
+        )
 
 
 def texts_of(selection: Selection) -> dict[str, str]:

@@ -9,6 +9,8 @@ from data.header import HeaderError, unpack
 from data.recordio import HEAD, LENGTH_BITS, MAGIC_BYTES, MAX_LENGTH, START, WHOLE, CutError, RecordError, RecordReader
 
 _SAY_EVERY = 4096
+_MOST_LABELS = 256
+_IMAGES = (b"\xff\xd8", b"\x89P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +25,14 @@ class Damage:
 def salvage(reader: RecordReader, progress: Callable[[int], None] = lambda offset: None) -> Iterator[int | Damage]:
     """The offset of every whole record in file order, and the damage between them.
 
-    Behind damage the scan goes on at the next place that begins like a record and is one to its end, with a header: the
-    format cuts payloads so that the magic stands at a multiple of 4 bytes only where a part begins. progress: called
+    Behind damage the scan goes on at the next place that begins like a record and is one to its end, with a header, and
+    with another record or an image's first bytes to show for it. progress: called
     now and then with the byte offset reached.
     """
     offset, number = 0, 0
     while offset < reader.size:
         try:
-            end = reader.end_of(offset)
+            end = _end_of(reader, offset)
         except RecordError as error:
             found = _next(reader, offset + 4)
             kind = "the file was cut" if isinstance(error, CutError) and found == reader.size else "no record"
@@ -45,6 +47,27 @@ def salvage(reader: RecordReader, progress: Callable[[int], None] = lambda offse
     progress(reader.size)
 
 
+def _end_of(reader: RecordReader, offset: int) -> int:
+    """Behind the record at `offset`. Raises RecordError where there is none, or its length cannot be right.
+
+    A writer leaves no magic at a multiple of 4 bytes within a record. So if none stands behind one either, but within
+    it, the length is damaged, and the records within are others. If there is none within, what follows is damaged.
+    """
+    end = reader.end_of(offset)
+    if not _followed(reader, end):
+        _, head = HEAD.unpack_from(reader.view, offset)
+        within = _magic(reader, offset + len(MAGIC_BYTES), end)
+        if head >> LENGTH_BITS == WHOLE and within < end:
+            action = "the length is damaged"
+            raise RecordError(reader.path, offset, "no record within a record", f"one at byte {within}", action)
+    return end
+
+
+def _followed(reader: RecordReader, end: int) -> bool:
+    """Whether the file ends there, or another record begins."""
+    return end == reader.size or bytes(reader.view[end : end + len(MAGIC_BYTES)]) == MAGIC_BYTES
+
+
 def _facts(error: RecordError) -> str:
     """What its message says, without file and advice."""
     _, _, expected, found, _ = error.__reduce__()[1]
@@ -54,24 +77,24 @@ def _facts(error: RecordError) -> str:
 def _next(reader: RecordReader, start: int) -> int:
     """Where the next record begins; the end of the file if none does."""
     offset = start + -start % 4
-    while (offset := _magic(reader, offset)) < reader.size:
+    while (offset := _magic(reader, offset, reader.size)) < reader.size:
         if _is_record(reader, offset):
             return offset
         offset += 4
     return reader.size
 
 
-def _magic(reader: RecordReader, start: int) -> int:
-    """The first magic at a multiple of 4 bytes from `start` on, or the end of the file."""
-    step = 1 << 24
-    for begin in range(start, reader.size, step):
-        piece = bytes(reader.view[begin : begin + step + len(MAGIC_BYTES) - 1])
+def _magic(reader: RecordReader, start: int, stop: int) -> int:
+    """The first magic at a multiple of 4 bytes from `start` on, or `stop`."""
+    step = 1 << 16
+    for begin in range(start, stop, step):
+        piece = bytes(reader.view[begin : min(begin + step + len(MAGIC_BYTES) - 1, stop)])
         at = piece.find(MAGIC_BYTES)
         while at >= 0:
             if (begin + at) % 4 == 0:
                 return begin + at
             at = piece.find(MAGIC_BYTES, at + 1)
-    return reader.size
+    return stop
 
 
 def _is_record(reader: RecordReader, offset: int) -> bool:
@@ -81,8 +104,9 @@ def _is_record(reader: RecordReader, offset: int) -> bool:
     if head >> LENGTH_BITS not in (WHOLE, START) or head & MAX_LENGTH == 0:
         return False
     try:
-        end = reader.end_of(offset)
-        unpack(reader.read_at(offset))
+        end = _end_of(reader, offset)
+        header, image = unpack(reader.read_at(offset))
     except (RecordError, HeaderError):
         return False
-    return end == reader.size or bytes(reader.view[end : end + len(MAGIC_BYTES)]) == MAGIC_BYTES
+    # Between two damaged records nothing follows: then it must look like an image's.
+    return _followed(reader, end) or (header.flag < _MOST_LABELS and bytes(image[:2]) in _IMAGES)

@@ -30,10 +30,13 @@ def shuffled(records: RecordSet, *, seed: int, folder: Path, memory: int = MEMOR
     """(label, encoded image) of every sample, in an order that seed and number of samples decide.
 
     folder: for the buckets, which need as much room as the set; they go with the iterator. memory: bytes of a bucket,
-    about. Raises DataError when they cannot be written.
+    about. Raises DataError when they cannot be written, or memory is too little for so many images.
     """
     size = (records.folder / "train.rec").stat().st_size
-    bits = min(_MOST_BUCKETS.bit_length() - 1, max(0, (max(1, size - 1) // memory).bit_length()))
+    bits = max(0, (max(1, size - 1) // memory).bit_length())
+    if 1 << bits > _MOST_BUCKETS:
+        least = -(-size // (_MOST_BUCKETS << 19))
+        raise DataError(f"memory: expected {least} MB or more for {size / 1e9:.0f} GB of records, got {memory >> 20}")
     try:
         with ExitStack() as stack:
             folder.mkdir(parents=True, exist_ok=True)

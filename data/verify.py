@@ -28,6 +28,7 @@ from data.layout import find_layout, labels_of_ranges
 from data.properties import Properties, read_properties
 from data.recordio import RecordReader
 from data.records import RecordSet
+from data.rewrite import names_of
 from data.salvage import Damage, salvage
 
 Ints = npt.NDArray[np.int64]
@@ -35,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 """What is being done, how far it is, how far it goes."""
 
 KINDS = {
-    "property": "the file property",
+    "property": "property and identities.txt",
     "structure": "bytes that are no record",
     "index": "the index against the records",
     "header": "headers and labels",
@@ -104,6 +105,7 @@ def verify(folder: Path, *, threads: int, progress: Progress) -> Verified:
     reader = RecordReader(folder / "train.rec")
     try:
         properties = _properties(folder / "property", findings)
+        _names(folder, properties, findings)
         offset_R = _records(reader, progress, findings)
         index = _index(folder / "train.idx", reader, offset_R, findings)
         key_R = _keys_at(offset_R, index)
@@ -143,6 +145,15 @@ def _properties(path: Path, findings: list[Finding]) -> Properties | None:
     except DataError as error:
         findings.append(Finding(kind="property", file=path.name, what=_without(error, path)))
         return None
+
+
+def _names(folder: Path, properties: Properties | None, findings: list[Finding]) -> None:
+    if properties is not None:
+        try:
+            names_of(folder, properties.num_classes)
+        except DataError as error:
+            path = folder / "identities.txt"
+            findings.append(Finding(kind="property", file=path.name, what=_without(error, path)))
 
 
 def _without(error: DataError, path: Path) -> str:
@@ -224,7 +235,11 @@ def _identities(folder: Path, index: Index, reader: RecordReader, images: _Image
         return
     if range_N is None:
         return
-    label_N = images.label_N[np.argsort(images.offset_N)]  # both in file order
+    label_N = images.label_N  # both in file order
+    if len(range_N) != len(label_N):
+        what = f"expected images at {len(range_N)} keys, found {len(label_N)} with a class and bytes behind the header"
+        findings.append(Finding(kind="identity", what=what))
+        return
     # Headers need not stand in the order of the classes: each speaks for the class that most of its images have.
     pairs, count = np.unique(np.stack([range_N, label_N]), axis=1, return_counts=True)
     order = np.lexsort((-count, pairs[0]))

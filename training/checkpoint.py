@@ -168,7 +168,7 @@ _FREE_TO_CHANGE = {
     "data": {"path", "backend", "threads", "prefetch", "max_bad_images"},
     "eval": {"sets", "every_epochs", "batch_size"},
     "head": {"impl"},
-    "clustering": {"step_budget"},
+    "clustering": {"step_budget", "block"},
 }  # fmt: skip
 
 

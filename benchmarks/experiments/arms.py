@@ -1,9 +1,9 @@
 """Arms of the experiment, and the margins that each may try before the runs: as many for all.
 
-Every arm has three tries, on validation identities of seeds that the runs do not use; ArcFace's three margins are
-arms of their own, so that it is compared at its best afterwards as well. What else a recipe holds was found by hand on
-seeds 100 to 103 (docs/experiments.md): learning rates (`benchmarks.experiments.tiers`) for ArcFace's sake, the
-clusters' settings for their own.
+Every arm has three tries, on validation identities of seeds that the runs do not use, or takes another's margins
+(`like`); ArcFace's three margins are arms of their own, so that it is compared at its best afterwards as well. What
+else a recipe holds was found by hand on seeds 100 to 103 (docs/experiments.md): learning rates
+(`benchmarks.experiments.tiers`) for ArcFace's sake, the clusters' settings for their own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _OFF: dict[str, Any] = {
     "drop_suspects": False,
     "drop_from": 0.0,
     "drop_kept": 0.0,
+    "block": 4096,
     "bank_momentum": 0.5,
 }
 

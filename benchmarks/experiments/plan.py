@@ -42,7 +42,7 @@ Margins = Mapping[tuple[str, str, str], float]
 
 
 def seeds_of(round_: int) -> tuple[int, ...]:
-    """0: SEEDS. Others: for what was changed after the answers of the round before."""
+    """0: those of the primary questions. Others: for what was changed after the answers of the round before."""
     return tuple(range(10 * round_, 10 * round_ + 10))
 
 

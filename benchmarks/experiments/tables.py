@@ -136,6 +136,9 @@ def answers(cells: Mapping[tuple[str, str], By_arm], tier: str) -> list[str]:
             lines.append(
                 f"{kind}, {noisy}: full above {other}? {said}: {_difference(comparison)}, p {adjusted[other]:.3f}"
             )
+        best = best_arcface(arms)
+        if best and _complete(arms, (AGREED, *arcface)) and (later := paired(arms, AGREED, best)):
+            lines.append(f"{kind}, {noisy}: {AGREED} against {best}, run later: {_difference(later)}, p {later.p:.3f}")
         arms = cells.get((kind, clean), {})
         best = best_arcface(arms)
         if best and _complete(arms, ("full", *arcface)) and (harmless := paired(arms, "full", best)):

@@ -12,7 +12,7 @@ from data.choosing import merge, split, subset
 from data.commands.arguments import fraction, shown, whole
 from data.errors import DataError
 from data.records import RecordSet
-from data.rewrite import Selection, names_of, texts_of, write_set
+from data.rewrite import Selection, names_of, refuse_existing, texts_of, write_set
 from data.shuffling import MEMORY, shuffled
 
 
@@ -75,6 +75,8 @@ def _split(args: argparse.Namespace, console: Console) -> int:
     if args.out.resolve() == args.rest.resolve():
         raise DataError(f"--rest {args.rest}: expected another folder than --out")
     records = _open(args.set, args.out, args.rest)
+    for out in (args.out, args.rest):
+        refuse_existing(out, force=args.force)  # both before either is written
     for chosen, out in zip(split(records, share=args.share, seed=args.seed), (args.out, args.rest), strict=True):
         _write(chosen, out, args, console)
     return 0
@@ -89,17 +91,18 @@ def _merge(args: argparse.Namespace, console: Console) -> int:
 def _shuffle(args: argparse.Namespace, console: Console) -> int:
     records = _open(args.set, args.out)
     images = shuffled(records, seed=args.seed, folder=args.out, memory=args.memory << 20)
-    names = names_of(records.folder, records.num_classes)
+    classes = int(records.labels.max()) + 1  # without identity headers none tells of classes behind the last image's
+    names = names_of(records.folder, records.num_classes)[:classes]
     count = write_set(
         args.out,
         shown(images, "images", records.num_samples, console),
-        num_classes=records.num_classes,
+        num_classes=classes,
         image_size=records.image_size,
         texts={"identities.txt": "".join(f"{name}\n" for name in names)} if names else {},
         force=args.force,
         sequential=True,
     )
-    print(f"{args.out}: {count} images of {records.num_classes} identities, without identity headers")
+    print(f"{args.out}: {count} images of {classes} identities, without identity headers")
     return 0
 
 

@@ -17,11 +17,12 @@ from data.pack import Encoder, Rows, encode_all, every_image, labelled, write_re
 from data.pairs import Pairs, draw_pairs
 from data.properties import Properties
 from data.recordio import RecordReader
+from data.rewrite import SIDE_FILES
 from data.sources import IMAGE_SIZE, FolderSource, Source, SyntheticSource
 from data.synthetic import plan_samples
 from data.verification_bin import write_bin
 
-_SET = ("train.rec", "property", "identities.txt", "verification.bin", "train.idx")
+_SET = ("train.rec", "property", *SIDE_FILES, "verification.bin", "train.idx")
 """Files of a set in the order they appear; the index last, as whoever looks for a set looks for it."""
 
 
@@ -179,7 +180,9 @@ def rebuild_index(rec: Path, *, images_only: bool, console: Console) -> None:
 
 
 def _has(name: str, training: Training, held_out: HeldOut | None) -> bool:
-    return {"identities.txt": bool(training.names), "verification.bin": held_out is not None}.get(name, True)
+    sometimes = dict.fromkeys(SIDE_FILES, False)
+    sometimes |= {"identities.txt": bool(training.names), "verification.bin": held_out is not None}
+    return sometimes.get(name, True)
 
 
 def _write_pairs(path: Path, encoder: Encoder, held_out: HeldOut, console: Console) -> None:

@@ -17,7 +17,7 @@ from data.commands.arguments import CORES, progress_on, shown, whole
 from data.errors import DataError
 from data.header import unpack
 from data.recordio import RecordReader
-from data.rewrite import names_of, write_set
+from data.rewrite import names_of, refuse_existing, write_set
 from data.verify import KINDS, Progress, Verified, verify
 
 _SHOWN = 20
@@ -46,6 +46,10 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """0: nothing is wrong, 1: something is."""
+    if args.fix is not None:
+        if args.fix.resolve() == args.folder.resolve():
+            raise DataError(f"--fix {args.fix}: expected another folder than the set's own, which stays as it is")
+        refuse_existing(args.fix, force=args.force)
     with _bars(console) as progress:
         found = verify(args.folder, threads=args.threads, progress=progress)
     if args.json:
@@ -94,13 +98,12 @@ def _tell(found: Verified, most: int) -> None:
 def _fix(found: Verified, out: Path, *, force: bool, console: Console) -> tuple[int, int]:
     """Images and identities of the set that was written."""
     folder = Path(found.folder)
-    if out.resolve() == folder.resolve():
-        raise DataError(f"--fix {out}: expected another folder than the set's own, which stays as it is")
     label_N, offset_N = found.good
     if not len(label_N) or found.size is None:
         raise DataError(f"{folder}: expected some images that are well, found none: nothing was written")
-    highest = int(label_N.max()) + 1
-    classes = highest if found.properties is None else found.properties.num_classes
+    if found.properties is None:
+        raise DataError(f"{folder / 'property'}: --fix needs it, as it says how labels are to be read: write one first")
+    classes = found.properties.num_classes
     reader = RecordReader(folder / "train.rec")
 
     def images() -> Iterator[tuple[int, bytes]]:
@@ -108,7 +111,7 @@ def _fix(found: Verified, out: Path, *, force: bool, console: Console) -> tuple[
             yield int(label_N[number]), bytes(unpack(reader.read_at(int(offset_N[number])))[1])
 
     texts = {"findings.json": json.dumps(found.as_json(), indent=1) + "\n"}
-    if found.properties is not None and (names := names_of(folder, classes)):
+    if names := names_of(folder, classes):
         texts["identities.txt"] = "".join(f"{name}\n" for name in names)
     try:
         count = write_set(

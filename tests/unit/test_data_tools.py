@@ -16,6 +16,7 @@ import pytest
 
 from data import checksums, shuffling
 from data.__main__ import main
+from data.errors import DataError
 from data.pack import write_records
 from data.records import RecordSet
 from data.webdataset import Shards, find_shards
@@ -78,15 +79,25 @@ def test_hashes_are_those_of_the_files_and_damage_is_told_by_place(
         assert {"file": "train.rec", "what": "changed", "begin": 4096, "end": 8192} in faults
         assert {"file": "lfw.bin", "what": "missing", "begin": None, "end": None} in faults
         assert any(fault["file"] == "property" and "expected 10 bytes, found 11" in fault["what"] for fault in faults)
+    for changes in ({"blocks": []}, {"sha256": "0" * 64}):
+        lying = json.loads(json.dumps(content))
+        lying["files"] = {"train.idx": {**content["files"]["train.idx"], **changes}}
+        (folder / "hashes.json").write_text(json.dumps(lying))
+        assert "contradict each other" in _error(capsys, "check", folder)
+    (folder / "hashes.json").write_text(json.dumps(content))
+    capsys.readouterr()
     assert main(["check", str(folder)]) == 1
     assert "train.rec: bytes 4096 … 8192: changed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", '{"version": 1}', '{"version": 2, "algorithm": "sha256", "block": 4, "files": {}}',
-     '{"version": 1, "algorithm": "sha256", "block": 4, "files": {"../x": {"size": 1, "sha256": "", "blocks": []}}}'],
-)  # fmt: skip
+_HASHES = '{"version": 1, "algorithm": "sha256", "block": 4, "files": %s}'
+NO_HASHES = [
+    *("", "[]", '{"version": 1}', _HASHES.replace("1,", "2,", 1) % "{}", _HASHES % "{}"),
+    _HASHES % '{"../x": {"size": 1, "sha256": "", "blocks": []}}',
+]
+
+
+@pytest.mark.parametrize("text", NO_HASHES)
 def test_files_that_are_no_hashes_are_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _set(tmp_path / "a")
     (folder / "hashes.json").write_text(text)
@@ -147,6 +158,9 @@ def test_subset_of_a_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert said in _error(capsys, *command, "--list", chosen)
     assert "at most the 5 that are left, got 6" in _error(capsys, *command, "--identities", 6)
     assert "cannot read it" in _error(capsys, *command, "--list", tmp_path / "none")
+    (folder / "identities.txt").write_text("1\n2\n3\n4\n5\n6\n")
+    chosen.write_text("1\n")
+    assert "a name of identities.txt and another class's number" in _error(capsys, *command, "--list", chosen)
     assert "expected another folder" in _error(capsys, "subset", folder, "--out", folder)
     assert not (tmp_path / "c").exists()
 
@@ -159,6 +173,12 @@ def test_split_has_no_identity_on_both_sides(tmp_path: Path, capsys: pytest.Capt
     assert len({label for label, _ in second}) == 3
     assert Counter(image for _, image in (*first, *second)) == Counter(image for _, image in _contents(folder))
     assert "--share" in _error(capsys, "split", folder, "--out", one, "--rest", other, "--share", "0.05", "--force")
+    before = {path: path.read_bytes() for path in one.iterdir()}
+    assert "found train.rec" in _error(
+        capsys, "split", folder, "--out", tmp_path / "d", "--rest", other, "--share", "0.4"
+    )
+    assert not (tmp_path / "d").exists(), "neither, if one cannot be"
+    assert {path: path.read_bytes() for path in one.iterdir()} == before
     assert "than --out" in _error(capsys, "split", folder, "--out", one, "--rest", one, "--share", "0.5")
 
 
@@ -199,12 +219,11 @@ def test_merge_behind_each_other_by_name_and_by_map(tmp_path: Path, capsys: pyte
 
 
 def test_a_shuffled_set_has_the_same_images_in_another_order_whatever_the_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     folder = _set(tmp_path / "a", (30, 20, 10))
     out, orders = tmp_path / "b", []
     for memory in (shuffling.MEMORY, 20_000, 3_000):
-        monkeypatch.setattr(shuffling, "MEMORY", memory)
         images = list(shuffling.shuffled(RecordSet.open(folder), seed=4, folder=tmp_path, memory=memory))
         assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
         orders.append(images)
@@ -225,6 +244,17 @@ def test_no_place_for_the_buckets(tmp_path: Path, capsys: pytest.CaptureFixture[
     folder = _set(tmp_path / "a")
     (tmp_path / "file").write_text("")
     assert "cannot" in _error(capsys, "shuffle", folder, "--out", tmp_path / "file" / "b")
+    with pytest.raises(DataError, match="cannot keep the images there meanwhile"):
+        next(shuffling.shuffled(RecordSet.open(folder), seed=0, folder=tmp_path / "file" / "b"))
+    with pytest.raises(DataError, match="memory: expected 1 MB or more"):
+        next(shuffling.shuffled(RecordSet.open(folder), seed=0, folder=tmp_path, memory=50))
+
+
+def test_shuffling_a_set_whose_last_classes_have_no_image(tmp_path: Path) -> None:
+    folder = _set(tmp_path / "a", (2, 3, 0), names="xyz")
+    assert main(["shuffle", str(folder), "--out", str(tmp_path / "b")]) == 0
+    assert RecordSet.open(tmp_path / "b").num_classes == 2
+    assert (tmp_path / "b" / "identities.txt").read_text().split() == ["x", "y"]
 
 
 # ---- convert -------------------------------------------------------------------------------------------------------
@@ -246,6 +276,9 @@ def test_to_shards_and_back(tmp_path: Path) -> None:
     first = (shards / "000002.tar").read_bytes()
     assert main(["convert", str(folder), "--out", str(shards), "--shard-images", "5", "--force"]) == 0
     assert (shards / "000002.tar").read_bytes() == first
+    (shards / "backup.tar").write_bytes(b"somebody's")
+    assert main(["convert", str(folder), "--out", str(shards), "--force"]) == 0
+    assert sorted(os.listdir(shards)) == ["000000.tar", "backup.tar"], "shards of before go, others' files stay"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "s"]
 
 
@@ -272,6 +305,13 @@ def test_shards_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["convert", str(folder), "--out", str(tmp_path / "b")]) == 0
     assert _contents(tmp_path / "b") == [(0, jpeg(2)), (2, jpeg(1)), (2, jpeg(3))]
     assert not (tmp_path / "q.jpg").exists(), "nothing is unpacked"
+    _tar(folder / "y.tar", {"5.jpg": jpeg(3, size=(96, 112)), "5.cls": b"2"})
+    assert "image 2: expected 112x112 pixels" in _error(capsys, "convert", folder, "--out", tmp_path / "c")
+    _tar(folder / "y.tar", {"5.jpg": jpeg(3), "5.cls": b"123456789"})
+    assert "--renumber" in _error(capsys, "convert", folder, "--out", tmp_path / "c")
+    assert main(["convert", str(folder), "--out", str(tmp_path / "d"), "--renumber"]) == 0
+    assert _contents(tmp_path / "d") == [(0, jpeg(2)), (1, jpeg(1)), (2, jpeg(3))]
+    assert (tmp_path / "d" / "labels.csv").read_text() == "label,old_label\n0,0\n1,2\n2,123456789\n"
     _tar(folder / "y.tar", {"5.jpg": jpeg(3)})
     assert "5 lacks a .cls file" in _error(capsys, "convert", folder, "--out", tmp_path / "c")
     (folder / "y.tar").write_bytes(b"no tar file" * 100)
@@ -279,4 +319,4 @@ def test_shards_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for path in folder.iterdir():
         path.unlink()
     assert "expected .tar files" in _error(capsys, "convert", folder, "--out", tmp_path / "c")
-    assert not (tmp_path / "c").exists()
+    assert list((tmp_path / "c").iterdir()) == [], "nothing is left of what failed"

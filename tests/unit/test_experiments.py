@@ -218,6 +218,22 @@ def test_answers_name_the_best_arcface_of_the_runs_and_correct_for_three_questio
     assert rows[3][0] == "10"
 
 
+def test_the_lines_on_record_still_count() -> None:
+    """A new setting, or another default, makes every line another run's: `arms._OFF` keeps what they had."""
+    file = Path(runs.__file__).parents[1] / "results" / "experiments.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    count = {key: sum(map(runs._is_current, group)) for key, group in _by_arm(lines).items()}
+    assert all(count[tier, arm] >= 10 for tier in TIERS for arm in TIERS[tier].arms if (tier, arm) in count)
+    assert {arm for tier, arm in count if tier == "images"} == set(TIERS["images"].arms)
+
+
+def _by_arm(lines: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        found.setdefault((line["tier"], line["arm"]), []).append(line)
+    return found
+
+
 def test_fresh_seeds_answer_for_what_was_changed() -> None:
     lines = [
         _line(name, margin, seed, validation=float(margin == FEATURES.arms[name].margins[0]), test=20.0)

@@ -369,5 +369,5 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, sent: signal.Signals)
     run.send_signal(sent)
     _, errors = run.communicate(timeout=30)
     assert run.returncode == 130
-    assert errors.splitlines() == ["error: interrupted; nothing was written"]
+    assert errors.splitlines() == ["error: interrupted; what was not finished is gone"]
     assert not list(tmp_path.iterdir())

@@ -147,6 +147,41 @@ def test_a_magic_within_an_image_is_not_taken_for_a_record(tmp_path: Path) -> No
     assert list(salvage(RecordReader(Path("/dev/null")))) == []
 
 
+@pytest.mark.parametrize("bit", [13, 14, 15])
+def test_a_length_that_spans_other_records_loses_one(bit: int, tmp_path: Path) -> None:
+    folder = write_set(tmp_path, [image_record(key, [0], jpeg(key)) for key in range(12)], classes=1)
+    path = folder / "train.rec"
+    offsets: list[int] = read_index(folder / "train.idx", RecordReader(path)).offsets.tolist()
+    content = bytearray(path.read_bytes())
+    content[offsets[2] + 4 + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    found = list(salvage(RecordReader(path)))
+    assert [each for each in found if not isinstance(each, Damage)] == [*offsets[:2], *offsets[3:]]
+
+
+def test_a_record_between_damaged_ones_is_kept(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, [image_record(key, [0], jpeg(key)) for key in range(6)], classes=1)
+    path = folder / "train.rec"
+    offsets: list[int] = read_index(folder / "train.idx", RecordReader(path)).offsets.tolist()
+    content = bytearray(path.read_bytes())
+    content[offsets[2]] ^= 1
+    content[offsets[4]] ^= 1
+    path.write_bytes(content)
+    found = list(salvage(RecordReader(path)))
+    assert [each for each in found if not isinstance(each, Damage)] == [*offsets[:2], offsets[3], offsets[5]]
+
+
+def test_an_empty_record_in_place_of_an_image_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.records._SPREAD", 1)
+    records = _records()
+    records[4] = image_record(5, [1, 2], b"")
+    code, found = _verify(write_set(tmp_path, records, classes=4), capsys)
+    assert code == 1
+    assert "expected images at 8 keys, found 7" in found["findings"][0]["what"]
+
+
 def test_fix_writes_what_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = write_set(tmp_path / "broken", _records({2: b"\xff\xd8 no"}, {5: 9.0}), classes=4)
     (broken / "identities.txt").write_text("a\nb\nc\nd\n")
@@ -168,7 +203,9 @@ def test_fix_writes_what_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["verify", str(broken), "--fix", str(out)]) == 2
     assert "--force" in capsys.readouterr().err
     offsets = _damaged(tmp_path / "cut")
+    (out / "labels.csv").write_text("")
     assert main(["verify", str(tmp_path / "cut"), "--fix", str(out), "--force"]) == 1
+    assert not (out / "labels.csv").exists()
     assert RecordSet.open(out).num_samples == len(offsets) - 2
     assert not (out / "identities.txt").exists(), "of the set that was replaced"
 
