@@ -31,14 +31,15 @@ from clustering.guard import Guard, T
 from clustering.kmeans import FIT_LEVELS, WELL_FITTED, Gate, fit_level
 from clustering.nearest import Nearest, nearest_
 from clustering.nearest_choice import runs_kernel
+from clustering.schedule import points_at_once
 from clustering.shards import add_rows_, show_rows, sum_rows_, unit_or
 from partial_fc.collectives import all_reduce_
 from sharding import all_shards
 
 _ADDED_AT_A_TIME = 128
-_MOST_ADDED = 1 << 20
-"""Points that are added to sums at a time: 4 ms of a GPU's memory."""
 """Centres that a point is compared with in the time in which it is added to a sum: makes slices of about one cost."""
+_MOST_ADDED = 1 << 20
+"""Points that are added to sums at a time: some 4 GB of a GPU's memory to read and write."""
 _SAVED = ("centres_SD", "best_P", "index_P", "counted_P", "taking_part_P", "seed_point_Q", "seed_cluster_Q")
 
 
@@ -68,18 +69,18 @@ class KMeansRun:
 
         centres_SD: this rank's shard of the centres to start from (copied), or None for means: of the classes, or of
         the clusters in start_P, int64 (P,), -1 for a point that starts in none. Centres are float32, or float64 for
-        points of float64. gate: may run collectives; called once an iteration, on a rank that failed with no point
-        assigned; must not raise before its last collective. guard: keeps what fails on this rank; without one it is
-        raised.
+        points of float64. block: points of a slice; 0: by device and clusters. gate: may run collectives; called once an
+        iteration, on a rank that failed with no point assigned; must not raise before its last collective. guard: keeps
+        what fails on this rank; without one it is raised.
         """
         self.points, self.gate, self.group = points, gate, group
         self._guard, self._attempt = guard, _plainly if guard is None else guard.run
         self.num_classes = num_classes
         self.rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         self.shards = all_shards(world_size, num_clusters)
-        self.num_clusters, self.block = num_clusters, block
         P, D = points.x_PD.shape
         device = points.x_PD.device
+        self.num_clusters, self.block = num_clusters, block or points_at_once(num_clusters, device)
         self.dtype = torch.float64 if points.x_PD.dtype == torch.float64 else torch.float32
         own = self.shards[self.rank]
         self.from_means = centres_SD is None
@@ -100,7 +101,9 @@ class KMeansRun:
         self._shown: tuple[int, Tensor] | None = None
         self._summed = (0, 0)
         self._withdrawn = False
-        self.added = max(block, min(_MOST_ADDED, block * max(1, num_clusters // (_ADDED_AT_A_TIME * world_size))))
+        self.added = max(
+            self.block, min(_MOST_ADDED, self.block * max(1, num_clusters // (_ADDED_AT_A_TIME * world_size)))
+        )
         """Points that are added to sums in about the time of a slice."""
         self._slices = self._plan(iterations, world_size)
         self.done = 0

@@ -24,15 +24,6 @@ from clustering.publication import Publication, dominant_classes
 from clustering.published import Published
 from configs.schema import ClusteringConfig
 
-_COMPARISONS = 3 << 30
-"""Of a slice on a GPU: 5 ms of an H100 at D = 512. Every slice makes the host wait once, so that few are better."""
-_MOST = 1 << 15
-
-
-def points_at_once(num_clusters: int, device: torch.device) -> int:
-    """Points of a slice where the settings leave it open."""
-    return min(_MOST, max(1, _COMPARISONS // num_clusters)) if device.type == "cuda" else 4096
-
 
 class Refresh:
     """`advance()` does one slice. The number of slices is known beforehand, and the same on every rank."""
@@ -70,7 +61,7 @@ class Refresh:
             num_clusters=num_clusters,
             num_classes=num_classes,
             iterations=config.iterations,
-            block=block or config.block or points_at_once(num_clusters, self.points.x_PD.device),
+            block=block or config.block,
             gate=self._gate if config.noise_gate else None,
             group=group,
             start_P=start_P,

@@ -24,22 +24,25 @@ class DecodeError(DataError):
 def decode_image(encoded: Encoded, size: tuple[int, int], *, out: Pixels | None = None) -> Pixels:
     """Pixels of a JPEG or PNG, uint8 (H, W, 3) RGB, written to `out` (C-contiguous) when it is given.
 
-    size: (height, width). An image that declares another size is refused before anything is decoded, so a
+    size: (height, width). One of another size is refused, and a larger one before anything is decoded, so a
     decompression bomb costs nothing. Strict: whatever libjpeg or libpng warns of is an error. Damage that leaves
     a decodable stream cannot be seen: JPEG has no checksum. Grey, palette, 16-bit and CMYK become 8-bit RGB,
     alpha is dropped, EXIF orientation is ignored. Raises DecodeError.
 
     Exact integer DCT and interpolated chroma, which gives bit for bit what DALI's CPU decoder gives.
     """
-    _check_size(encoded, size)
     target = np.empty((*size, 3), np.uint8) if out is None else out
-    if _is_jpeg(encoded):
-        try:
-            simplejpeg.decode_jpeg(encoded, "RGB", buffer=target)
-        except ValueError as error:
-            raise DecodeError(f"damaged JPEG: {error}") from None
-    else:
+    if not _is_jpeg(encoded):
+        _check_size(encoded, size)
         np.copyto(target, _decode_png(encoded))
+        return target
+    try:
+        found = simplejpeg.decode_jpeg(encoded, "RGB", buffer=target)  # reads the head, and refuses what has no room
+    except ValueError as error:
+        _check_size(encoded, size)
+        raise DecodeError(f"damaged JPEG: {error}") from None
+    if found.shape[:2] != size:
+        _check_size(encoded, size)
     return target
 
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data.decode import DecodeError, check_image, declared_size
 from data.errors import DataError
+from data.findings import Finding, Findings, Ints, Verified
 from data.header import HeaderError, class_of, unpack
 from data.index import Index, read_index
 from data.layout import find_layout, labels_of_ranges
@@ -31,77 +31,16 @@ from data.records import RecordSet
 from data.rewrite import names_of
 from data.salvage import Damage, salvage
 
-Ints = npt.NDArray[np.int64]
 Progress = Callable[[str, int, int], None]
 """What is being done, how far it is, how far it goes."""
 
-KINDS = {
-    "property": "property and identities.txt",
-    "structure": "bytes that are no record",
-    "index": "the index against the records",
-    "header": "headers and labels",
-    "identity": "identity headers against the images",
-    "image": "images that do not decode",
-}
-"""Kinds of findings, in the order in which they are told."""
 _AT_ONCE = 256
 """Images that a thread takes: some 20 ms."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """Something that is not as it should be."""
-
-    kind: str
-    what: str
-    file: str = "train.rec"
-    offset: int | None = None
-    """Of the record, in bytes."""
-    key: int | None = None
-    """By the index."""
-    label: int | None = None
-
-    def line(self) -> str:
-        where = [f"byte {self.offset}"] if self.offset is not None else []
-        where += [f"key {self.key}"] if self.key is not None else []
-        where += [f"label {self.label}"] if self.label is not None else []
-        return f"{self.kind}: {self.file}{''.join(f', {part}' for part in where)}: {self.what}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verified:
-    """What was looked at, and what was found."""
-
-    folder: str
-    bytes: int
-    images: int
-    """Records with an image and a class, whether it decodes or not."""
-    identity_headers: int
-    labels: int
-    """Distinct ones."""
-    findings: list[Finding]
-    good: tuple[Ints, Ints]
-    """Labels and offsets of the images that are well, in file order."""
-    properties: Properties | None
-    size: tuple[int, int] | None
-    """Of the images, (height, width): by property, or of the first image; None: there is none."""
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Findings of each kind that there is."""
-        counted = Counter(finding.kind for finding in self.findings)
-        return {kind: counted[kind] for kind in KINDS if counted[kind]}
-
-    def as_json(self) -> dict[str, Any]:
-        """For machines: all but the good images."""
-        numbers = {name: getattr(self, name) for name in ("folder", "bytes", "images", "identity_headers", "labels")}
-        listed = [{k: v for k, v in asdict(finding).items() if v is not None} for finding in self.findings]
-        return {**numbers, "ok": not self.findings, "counts": self.counts, "findings": listed}
-
-
 def verify(folder: Path, *, threads: int, progress: Progress) -> Verified:
     """Look at everything. Raises DataError when there is no record file, or it cannot be read."""
-    findings: list[Finding] = []
+    findings = Findings()
     reader = RecordReader(folder / "train.rec")
     try:
         properties = _properties(folder / "property", findings)
@@ -114,8 +53,6 @@ def verify(folder: Path, *, threads: int, progress: Progress) -> Verified:
             _identities(folder, index, reader, images, findings)
         size = _size(reader, images.offset_N) if properties is None else properties.image_size
         good_N = _decode(reader, images, size, threads, progress, findings)
-        order = list(KINDS)
-        findings.sort(key=lambda finding: (order.index(finding.kind), finding.offset or 0))
         return Verified(
             folder=str(folder),
             bytes=reader.size,
@@ -139,51 +76,51 @@ class _Images:
     label_N: Ints
 
 
-def _properties(path: Path, findings: list[Finding]) -> Properties | None:
+def _properties(path: Path, findings: Findings) -> Properties | None:
     try:
         return read_properties(path)
     except DataError as error:
-        findings.append(Finding(kind="property", file=path.name, what=_without(error, path)))
+        findings.add(Finding(kind="property", file=path.name, what=_without(error, path)))
         return None
 
 
-def _names(folder: Path, properties: Properties | None, findings: list[Finding]) -> None:
+def _names(folder: Path, properties: Properties | None, findings: Findings) -> None:
     if properties is not None:
         try:
             names_of(folder, properties.num_classes)
         except DataError as error:
             path = folder / "identities.txt"
-            findings.append(Finding(kind="property", file=path.name, what=_without(error, path)))
+            findings.add(Finding(kind="property", file=path.name, what=_without(error, path)))
 
 
 def _without(error: DataError, path: Path) -> str:
     return str(error).replace(f"{path}: ", "").replace(f"{path.parent}{os.sep}", "")
 
 
-def _records(reader: RecordReader, progress: Progress, findings: list[Finding]) -> Ints:
+def _records(reader: RecordReader, progress: Progress, findings: Findings) -> Ints:
     """Offsets of the whole records, rising."""
     offsets = array("q")
     for found in salvage(reader, lambda offset: progress("records", offset, reader.size)):
         if isinstance(found, Damage):
             what = f"{found.what}; {found.end - found.offset} bytes up to byte {found.end} are lost"
-            findings.append(Finding(kind="structure", offset=found.offset, what=what))
+            findings.add(Finding(kind="structure", offset=found.offset, what=what))
         else:
             offsets.append(found)
     return np.array(offsets, np.int64)
 
 
-def _index(path: Path, reader: RecordReader, offset_R: Ints, findings: list[Finding]) -> Index | None:
+def _index(path: Path, reader: RecordReader, offset_R: Ints, findings: Findings) -> Index | None:
     """None where it cannot be read; records that it does not list, and the other way round, are found."""
     try:
         index = read_index(path, reader)
     except DataError as error:
-        findings.append(Finding(kind="index", file=path.name, what=_without(error, path)))
+        findings.add(Finding(kind="index", file=path.name, what=_without(error, path)))
         return None
     for number in np.flatnonzero(~np.isin(index.offsets, offset_R)).tolist():
         key, offset = int(index.keys[number]), int(index.offsets[number])
-        findings.append(Finding(kind="index", file=path.name, offset=offset, key=key, what="no record begins there"))
+        findings.add(Finding(kind="index", file=path.name, offset=offset, key=key, what="no record begins there"))
     for offset in offset_R[~np.isin(offset_R, index.offsets)].tolist():
-        findings.append(Finding(kind="index", offset=offset, what="the index does not list this record"))
+        findings.add(Finding(kind="index", offset=offset, what="the index does not list this record"))
     return index
 
 
@@ -197,7 +134,7 @@ def _keys_at(offset_R: Ints, index: Index | None) -> Ints:
 
 
 def _headers(
-    reader: RecordReader, offset_R: Ints, key_R: Ints, properties: Properties | None, findings: list[Finding]
+    reader: RecordReader, offset_R: Ints, key_R: Ints, properties: Properties | None, findings: Findings
 ) -> tuple[_Images, int]:
     """Images whose header is well, and how many identity headers there are."""
     offsets, keys, labels, identities = array("q"), array("q"), array("q"), 0
@@ -217,28 +154,28 @@ def _headers(
             wrong = str(error)
         if label is None or wrong:
             listed = None if key < 0 else key
-            findings.append(Finding(kind="header", offset=offset, key=listed, label=label, what=wrong))
+            findings.add(Finding(kind="header", offset=offset, key=listed, label=label, what=wrong))
             continue
         for values, value in ((offsets, offset), (keys, key), (labels, label)):
             values.append(value)
     return _Images(*(np.array(values, np.int64) for values in (offsets, keys, labels))), identities
 
 
-def _identities(folder: Path, index: Index, reader: RecordReader, images: _Images, findings: list[Finding]) -> None:
+def _identities(folder: Path, index: Index, reader: RecordReader, images: _Images, findings: Findings) -> None:
     """Ranges of keys against labels, counts against property: where all else fits."""
     try:
         RecordSet.open(folder).close()
         layout = find_layout(folder / "train.idx", index, reader)
         range_N = labels_of_ranges(layout, reader)
     except DataError as error:
-        findings.append(Finding(kind="identity", what=_without(error, folder / "train.rec")))
+        findings.add(Finding(kind="identity", what=_without(error, folder / "train.rec")))
         return
     if range_N is None:
         return
     label_N = images.label_N  # both in file order
     if len(range_N) != len(label_N):
         what = f"expected images at {len(range_N)} keys, found {len(label_N)} with a class and bytes behind the header"
-        findings.append(Finding(kind="identity", what=what))
+        findings.add(Finding(kind="identity", what=what))
         return
     # Headers need not stand in the order of the classes: each speaks for the class that most of its images have.
     pairs, count = np.unique(np.stack([range_N, label_N]), axis=1, return_counts=True)
@@ -249,7 +186,7 @@ def _identities(folder: Path, index: Index, reader: RecordReader, images: _Image
     for number in np.flatnonzero(class_of_range[range_N] != label_N).tolist():
         what = f"its identity header's other images have label {class_of_range[range_N[number]]}"
         offset, key, label = (int(values[number]) for values in (images.offset_N, images.key_N, images.label_N))
-        findings.append(Finding(kind="identity", offset=offset, key=key, label=label, what=what))
+        findings.add(Finding(kind="identity", offset=offset, key=key, label=label, what=what))
 
 
 def _size(reader: RecordReader, offset_N: Ints) -> tuple[int, int] | None:
@@ -268,7 +205,7 @@ def _decode(
     size: tuple[int, int] | None,
     threads: int,
     progress: Progress,
-    findings: list[Finding],
+    findings: Findings,
 ) -> npt.NDArray[np.bool_]:
     """Which images decode; of the others is told why not."""
     count = len(images.offset_N)
@@ -289,7 +226,7 @@ def _decode(
             good_N[number] = False
             key, offset, label = (int(values[number]) for values in (images.key_N, images.offset_N, images.label_N))
             listed = None if key < 0 else key
-            findings.append(Finding(kind="image", offset=offset, key=listed, label=label, what=reason))
+            findings.add(Finding(kind="image", offset=offset, key=listed, label=label, what=reason))
     return good_N
 
 

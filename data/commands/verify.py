@@ -15,10 +15,11 @@ from rich.table import Table
 
 from data.commands.arguments import CORES, progress_on, shown, whole
 from data.errors import DataError
+from data.findings import KINDS, MOST, Verified
 from data.header import unpack
 from data.recordio import RecordReader
 from data.rewrite import names_of, refuse_existing, write_set
-from data.verify import KINDS, Progress, Verified, verify
+from data.verify import Progress, verify
 
 _SHOWN = 20
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         count, labels = _fix(found, args.fix, force=args.force, console=console)
         text = f"{args.fix}: {count} images of {labels} identities; findings.json says what was left out"
         console.print(text, highlight=False, soft_wrap=True)
-    return int(bool(found.findings))
+    return int(len(found.findings) > 0)
 
 
 @contextmanager
@@ -86,13 +87,13 @@ def _tell(found: Verified, most: int) -> None:
         print("nothing is wrong with it")
         return
     table = Table("found", "times")
-    for kind, count in found.counts.items():
+    for kind, count in found.findings.counts.items():
         table.add_row(KINDS[kind], str(count))
     Console().print(table)
-    for finding in found.findings[:most]:
+    for finding in found.findings.listed()[:most]:
         print(finding.line())
     if len(found.findings) > most:
-        print(f"… and {len(found.findings) - most} more: --json lists all")
+        print(f"… and {len(found.findings) - most} more: --json lists them, up to {MOST} of a kind")
 
 
 def _fix(found: Verified, out: Path, *, force: bool, console: Console) -> tuple[int, int]:

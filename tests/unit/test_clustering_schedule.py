@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clustering.pace import Plan, plan_refresh
-from clustering.refresh import points_at_once
-from clustering.schedule import RefreshSchedule
+from clustering.schedule import RefreshSchedule, points_at_once
 from configs.schema import ClusteringConfig
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data import findings
 from data.__main__ import main
 from data.header import Header, pack
 from data.index import Index, read_index, write_index
@@ -228,3 +229,14 @@ def test_a_long_list_is_cut_for_people(tmp_path: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().out
     assert said.count("expected JPEG or PNG") == 2
     assert "3 more" in said
+
+
+def test_of_many_findings_some_are_kept_and_all_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(findings, "MOST", 2)
+    write_set(tmp_path, [image_record(key, [key % 3], b"none") for key in range(5)], classes=2)
+    code, found = _verify(tmp_path, capsys)
+    assert code == 1
+    assert found["counts"] == {"header": 1, "image": 4}
+    assert [finding["kind"] for finding in found["findings"]] == ["header", "image", "image"]

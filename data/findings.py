@@ -1,0 +1,97 @@
+"""What `verify` finds in a set, as lines for people and JSON for machines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data.properties import Properties
+
+Ints = npt.NDArray[np.int64]
+KINDS = {
+    "property": "property and identities.txt",
+    "structure": "bytes that are no record",
+    "index": "the index against the records",
+    "header": "headers and labels",
+    "identity": "identity headers against the images",
+    "image": "images that do not decode",
+}
+"""Kinds of findings, in the order in which they are told."""
+MOST = 10_000
+"""Findings of a kind that are kept: the index of another set would give one for each of its records."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """Something that is not as it should be."""
+
+    kind: str
+    what: str
+    file: str = "train.rec"
+    offset: int | None = None
+    """Of the record, in bytes."""
+    key: int | None = None
+    """By the index."""
+    label: int | None = None
+
+    def line(self) -> str:
+        where = [f"byte {self.offset}"] if self.offset is not None else []
+        where += [f"key {self.key}"] if self.key is not None else []
+        where += [f"label {self.label}"] if self.label is not None else []
+        return f"{self.kind}: {self.file}{''.join(f', {part}' for part in where)}: {self.what}"
+
+
+class Findings:
+    """All that was found: every one counted, the first MOST of each kind kept."""
+
+    def __init__(self) -> None:
+        self._kept: list[Finding] = []
+        self._counted: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return self._counted.total()
+
+    def add(self, finding: Finding) -> None:
+        self._counted[finding.kind] += 1
+        if self._counted[finding.kind] <= MOST:
+            self._kept.append(finding)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of each kind that there is."""
+        return {kind: self._counted[kind] for kind in KINDS if self._counted[kind]}
+
+    def listed(self) -> list[Finding]:
+        """Those kept, by kind and place."""
+        order = list(KINDS)
+        return sorted(self._kept, key=lambda finding: (order.index(finding.kind), finding.offset or 0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """What was looked at, and what was found."""
+
+    folder: str
+    bytes: int
+    images: int
+    """Records with an image and a class, whether it decodes or not."""
+    identity_headers: int
+    labels: int
+    """Distinct ones."""
+    findings: Findings
+    good: tuple[Ints, Ints]
+    """Labels and offsets of the images that are well, in file order."""
+    properties: Properties | None
+    size: tuple[int, int] | None
+    """Of the images, (height, width): by property, or of the first image; None: there is none."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: all but the good images."""
+        numbers = {name: getattr(self, name) for name in ("folder", "bytes", "images", "identity_headers", "labels")}
+        listed = [{k: v for k, v in asdict(finding).items() if v is not None} for finding in self.findings.listed()]
+        counts = self.findings.counts
+        return {**numbers, "ok": not counts, "counts": counts, "findings": listed}
