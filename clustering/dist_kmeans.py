@@ -69,9 +69,9 @@ class KMeansRun:
 
         centres_SD: this rank's shard of the centres to start from (copied), or None for means: of the classes, or of
         the clusters in start_P, int64 (P,), -1 for a point that starts in none. Centres are float32, or float64 for
-        points of float64. block: points of a slice; 0: by device and clusters. gate: may run collectives; called once an
-        iteration, on a rank that failed with no point assigned; must not raise before its last collective. guard: keeps
-        what fails on this rank; without one it is raised.
+        points of float64. block: points of a slice; 0: by device and clusters. gate: may run collectives; called once
+        an iteration, on a rank that failed with no point assigned; must not raise before its last collective. guard:
+        keeps what fails on this rank; without one it is raised.
         """
         self.points, self.gate, self.group = points, gate, group
         self._guard, self._attempt = guard, _plainly if guard is None else guard.run
