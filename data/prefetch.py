@@ -10,8 +10,8 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-ROWS_PER_TASK = 16
-"""Rows a thread takes at a time: about 1.5 ms of decoding against 0.03 ms for handing out the task."""
+LEAST_ROWS = 16
+"""Rows a thread takes at a time, at the least: about 1.5 ms of decoding."""
 
 
 def prefetch(
@@ -21,8 +21,12 @@ def prefetch(
 
     `ahead` items are in work beyond the one that the consumer holds. An exception from `work` is raised when the
     item's turn comes. However the generator ends, its threads have ended with it.
+
+    Parts are as large as leaves two in work for every thread: each costs a wait for Python's lock (two threads decode a
+    fifth more images in parts of 128 than of 16).
     """
-    parts = [range(start, min(start + ROWS_PER_TASK, rows)) for start in range(0, rows, ROWS_PER_TASK)]
+    size = min(rows, max(LEAST_ROWS, rows * ahead // (2 * threads)))
+    parts = [range(start, min(start + size, rows)) for start in range(0, rows, max(1, size))]
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def begin(item: T) -> tuple[T, list[Future[None]]]:

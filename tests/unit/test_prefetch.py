@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from data.prefetch import ROWS_PER_TASK, prefetch
+from data.prefetch import LEAST_ROWS, prefetch
 
 
 def _threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("decode")]
 
 
-@pytest.mark.parametrize("rows", [1, ROWS_PER_TASK, 3 * ROWS_PER_TASK + 5])
+@pytest.mark.parametrize("rows", [1, LEAST_ROWS, 3 * LEAST_ROWS + 5])
 def test_all_rows_once_in_order(rows: int) -> None:
     done: list[list[int]] = [[0] * rows for _ in range(7)]
 
@@ -66,3 +66,10 @@ def test_an_error_of_the_consumer_leaves_no_thread() -> None:
 
 def test_no_items() -> None:
     assert list(prefetch(iter(()), lambda item, part: None, rows=3, threads=1, ahead=2)) == []
+
+
+@pytest.mark.parametrize(("threads", "ahead", "sizes"), [(2, 4, {128}), (4, 4, {64}), (12, 4, {21, 2}), (64, 1, {16})])
+def test_parts_leave_two_for_every_thread(threads: int, ahead: int, sizes: set[int]) -> None:
+    found: set[int] = set()
+    list(prefetch(iter(range(6)), lambda item, part: found.add(len(part)), rows=128, threads=threads, ahead=ahead))
+    assert found == sizes
