@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from configs.checks import require
+
+Sampler = Literal["shuffle", "balanced", "identities"]
+Backend = Literal["auto", "dali", "cpu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,13 +17,13 @@ class DataConfig:
 
     path: str = ""
     """Folder with train.rec, train.idx and property."""
-    backend: Literal["auto", "dali", "cpu"] = "auto"
+    backend: Backend = "auto"
     """Loader; both give the same batches. auto: the CPU loader, but DALI where a GPU can augment."""
     threads: int = 4
     """Decoding threads of each rank."""
     prefetch: int = 4
     """Batches decoded ahead on each rank."""
-    sampler: Literal["shuffle", "balanced", "identities"] = "shuffle"
+    sampler: Sampler = "shuffle"
     """Order of the images: a shuffle; every identity equally often; groups of images of one identity (docs/data.md)."""
     images_per_identity: int = 4
     """K, images of a group, with data.sampler=identities; train.batch_size must be a multiple of it."""
@@ -30,10 +33,9 @@ class DataConfig:
     """Images that do not decode are skipped and counted; all ranks stop together above this many in an epoch."""
 
     def __post_init__(self) -> None:
-        require(self.backend in ("auto", "dali", "cpu"), "data.backend", self.backend, "auto, dali or cpu")
+        require(self.backend in get_args(Backend), "data.backend", self.backend, "auto, dali or cpu")
         require(self.threads >= 1, "data.threads", self.threads, "at least 1")
         require(self.prefetch >= 1, "data.prefetch", self.prefetch, "at least 1")
-        samplers = ("shuffle", "balanced", "identities")
-        require(self.sampler in samplers, "data.sampler", self.sampler, "shuffle, balanced or identities")
+        require(self.sampler in get_args(Sampler), "data.sampler", self.sampler, "shuffle, balanced or identities")
         require(self.images_per_identity >= 2, "data.images_per_identity", self.images_per_identity, "at least 2")
         require(self.max_bad_images >= 0, "data.max_bad_images", self.max_bad_images, "0 or more")

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
 from data.files import appearing
+from data.prefetch import prefetch
 
 NAME = "hashes.json"
 BLOCK = 1 << 26
@@ -88,35 +87,31 @@ def check_hashes(folder: Path, *, threads: int, progress: Progress) -> list[Faul
     return faults
 
 
+@dataclass(slots=True)
+class _Block:
+    data: bytes
+    digest: str = ""
+
+
 def _hash(path: Path, block: int, threads: int, progress: Progress) -> dict[str, Any]:
-    whole, size, blocks = hashlib.sha256(), 0, []
-    for data, digest in _blocks(path, block, threads):
-        whole.update(data)
-        size += len(data)
-        blocks.append(digest)
-        progress(len(data))
-    return {"size": size, "sha256": whole.hexdigest(), "blocks": blocks}
+    """Blocks by threads ahead, as hashing runs outside of Python's lock."""
+    whole, size, digests = hashlib.sha256(), 0, []
 
+    def digest(one: _Block, _: range) -> None:
+        one.digest = hashlib.sha256(one.data).hexdigest()
 
-def _blocks(path: Path, block: int, threads: int) -> Iterator[tuple[bytes, str]]:
-    """Content and hash of each block; hashed by threads ahead, as hashing runs outside of Python's lock."""
-    waiting: deque[tuple[bytes, Future[str]]] = deque()
+    threads = min(threads, _MOST_THREADS)
     try:
-        threads = min(threads, _MOST_THREADS)
-        with path.open("rb") as file, ThreadPoolExecutor(threads) as pool:
-            while data := file.read(block):
-                waiting.append((data, pool.submit(_digest, data)))
-                if len(waiting) > threads:
-                    ready, task = waiting.popleft()
-                    yield ready, task.result()
-            for ready, task in waiting:
-                yield ready, task.result()
+        with path.open("rb") as file:
+            blocks = (_Block(data) for data in iter(lambda: file.read(block), b""))
+            for one in prefetch(blocks, digest, rows=1, threads=threads, ahead=threads):
+                whole.update(one.data)
+                size += len(one.data)
+                digests.append(one.digest)
+                progress(len(one.data))
     except OSError as error:
         raise DataError(f"{path}: cannot read it ({error.strerror})") from None
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    return {"size": size, "sha256": whole.hexdigest(), "blocks": digests}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.hashing import KEEP, keys, mix
+from data.properties import whole_number
 from data.records import RecordSet
 from data.rewrite import LEFT_OUT, Ints, Selection, choose, names_of
 
@@ -133,7 +134,7 @@ def _listed(path: Path, names: Sequence[str], num_classes: int) -> list[int]:
         text = line.strip()
         if not text:
             continue
-        as_number = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
+        as_number = whole_number(text)
         label = number.get(text, as_number)
         if text in number and 0 <= as_number < num_classes and as_number != label:
             raise DataError(f"{path}: line {at}: {text!r} is a name of identities.txt and another class's number")
@@ -151,7 +152,7 @@ def _read_map(path: Path, sets: Sequence[RecordSet]) -> list[Ints]:
         raise DataError(f"{path}: expected the heading set,label,new_label, found {','.join(heading)!r:.60}")
     maps = [np.full(records.num_classes, LEFT_OUT, np.int64) for records in sets]
     for at, row in enumerate(rows, 2):
-        numbers = [int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1 for text in row]
+        numbers = [whole_number(text) for text in row]
         place, label, new = numbers if len(numbers) == 3 else (0, -1, -1)
         if not (1 <= place <= len(sets) and 0 <= label < sets[place - 1].num_classes and new >= 0):
             raise DataError(

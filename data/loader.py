@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
 
 import torch
 
 from configs.augment import AugmentConfig
+from configs.data import Backend, Sampler
 from data.base_loader import RecordLoader
 from data.batch import ImageSource, Loader
 from data.class_orders import BalancedOrder, ClassIndex, IdentityOrder
@@ -17,8 +17,6 @@ from data.sampler import BatchPlan, EpochOrder, Order
 
 _log = logging.getLogger(__name__)
 
-Sampler = Literal["shuffle", "balanced", "identities"]
-
 
 def build_loader(
     records: ImageSource,
@@ -27,7 +25,7 @@ def build_loader(
     rank: int,
     world_size: int,
     seed: int,
-    backend: Literal["auto", "dali", "cpu"],
+    backend: Backend,
     device: torch.device,
     threads: int,
     prefetch: int,

@@ -29,6 +29,11 @@ _DIGITS = 18
 """Of a number below 2^63."""
 
 
+def whole_number(text: str) -> int:
+    """The number that plain digits stand for, -1 for any other text, or for too many of them."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _DIGITS else -1
+
+
 def read_properties(path: Path) -> Properties:
     """Read and check; lines that are neither ours nor the first are left to those who wrote them. Raises DataError."""
     expected = "expected a first line `classes,height,width` such as `93431,112,112`"
@@ -40,7 +45,7 @@ def read_properties(path: Path) -> Properties:
         raise DataError(f"{path}: cannot read it ({error.strerror}): {expected}") from None
     first = lines[0] if lines else ""
     parts = [part.strip(" \t\r") for part in first.split(",")]  # not strip(): it drops more than int() overlooks
-    numbers = [int(part) for part in parts if part.isascii() and part.isdigit() and len(part) <= _DIGITS]
+    numbers = [whole_number(part) for part in parts]
     if len(numbers) != 3 or first.count(",") != 2 or min(numbers) < 1:
         raise DataError(f"{path}: {expected}, found {first!r:.80}: correct it")
     pair = _PAIR_LINE in lines[1:]

@@ -205,7 +205,7 @@ class RecordWriter:
             )
         offset = self.offset
         begin, cflag = 0, START
-        for cut in _aligned_magics(payload):
+        for cut in aligned_magics(payload):
             self._write_part(cflag, payload[begin:cut])
             begin, cflag = cut + len(MAGIC_BYTES), MIDDLE
         self._write_part(END if begin else WHOLE, payload[begin:] if begin else payload)
@@ -226,7 +226,7 @@ def _aligned(offset: int) -> int:
     return offset + 3 & ~3
 
 
-def _aligned_magics(payload: bytes) -> Iterator[int]:
+def aligned_magics(payload: bytes) -> Iterator[int]:
     """Positions of the magic in the payload that are multiples of 4."""
     position = payload.find(MAGIC_BYTES)
     while position >= 0:

@@ -131,6 +131,12 @@ def write_set(
     return count
 
 
+def refuse_source(out: Path, source: Path) -> None:
+    """Raise DataError where what is read would be written over."""
+    if out.resolve() == source.resolve():
+        raise DataError(f"{out}: expected another folder than {source}, which is only read")
+
+
 def refuse_existing(out: Path, *, force: bool) -> None:
     """Raise DataError where a set is, unless it may be replaced."""
     there = [name for name in ("train.rec", "property", _LAST, *SIDE_FILES) if (out / name).exists()]
@@ -142,5 +148,9 @@ def refuse_existing(out: Path, *, force: bool) -> None:
 
 def texts_of(selection: Selection) -> dict[str, str]:
     """labels.csv, which says what the new labels are made of, and the names where there are any."""
-    texts = {"labels.csv": selection.origins()}
-    return {**texts, _NAMES: "".join(f"{name}\n" for name in selection.names)} if selection.names else texts
+    return {"labels.csv": selection.origins(), **names_text(selection.names)}
+
+
+def names_text(names: Sequence[str]) -> dict[str, str]:
+    """identities.txt by its name; nothing where there are no names."""
+    return {_NAMES: "".join(f"{name}\n" for name in names)} if names else {}

@@ -6,7 +6,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data.header import HeaderError, unpack
-from data.recordio import HEAD, LENGTH_BITS, MAGIC_BYTES, MAX_LENGTH, START, WHOLE, CutError, RecordError, RecordReader
+from data.recordio import (
+    HEAD,
+    LENGTH_BITS,
+    MAGIC_BYTES,
+    MAX_LENGTH,
+    START,
+    WHOLE,
+    CutError,
+    RecordError,
+    RecordReader,
+    aligned_magics,
+)
 
 _SAY_EVERY = 4096
 _MOST_LABELS = 256
@@ -85,15 +96,12 @@ def _next(reader: RecordReader, start: int) -> int:
 
 
 def _magic(reader: RecordReader, start: int, stop: int) -> int:
-    """The first magic at a multiple of 4 bytes from `start` on, or `stop`."""
+    """The first magic at a multiple of 4 bytes from `start`, which is one, or `stop`."""
     step = 1 << 16
     for begin in range(start, stop, step):
         piece = bytes(reader.view[begin : min(begin + step + len(MAGIC_BYTES) - 1, stop)])
-        at = piece.find(MAGIC_BYTES)
-        while at >= 0:
-            if (begin + at) % 4 == 0:
-                return begin + at
-            at = piece.find(MAGIC_BYTES, at + 1)
+        for at in aligned_magics(piece):
+            return begin + at
     return stop
 
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from data.findings import Finding, Findings, Ints, Verified
 from data.header import HeaderError, class_of, unpack
 from data.index import Index, read_index
 from data.layout import find_layout, labels_of_ranges
+from data.prefetch import prefetch
 from data.properties import Properties, read_properties
 from data.recordio import RecordReader
 from data.records import RecordSet
@@ -36,6 +34,14 @@ Progress = Callable[[str, int, int], None]
 
 _AT_ONCE = 256
 """Images that a thread takes: some 20 ms."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Images that are decoded together, and why some of them are not."""
+
+    start: int
+    bad: dict[int, str] = field(default_factory=dict)
 
 
 def verify(folder: Path, *, threads: int, progress: Progress) -> Verified:
@@ -211,34 +217,19 @@ def _decode(
     count = len(images.offset_N)
     good_N = np.ones(count, np.bool_)
 
-    def look(start: int) -> list[tuple[int, str]]:
-        bad = []
-        for number in range(start, min(start + _AT_ONCE, count)):
+    def look(chunk: _Chunk, part: range) -> None:
+        for number in range(chunk.start + part.start, min(chunk.start + part.stop, count)):
             try:
                 check_image(unpack(reader.read_at(int(images.offset_N[number])))[1], size or (0, 0))
             except DecodeError as error:
-                bad.append((number, str(error)))
-        return bad
+                chunk.bad[number] = str(error)
 
-    for done, bad in _in_order(look, range(0, count, _AT_ONCE), threads):
-        progress("images", min(done + _AT_ONCE, count), count)
-        for number, reason in bad:
+    chunks = (_Chunk(start) for start in range(0, count, _AT_ONCE))
+    for chunk in prefetch(chunks, look, rows=_AT_ONCE, threads=threads, ahead=4 * threads):
+        progress("images", min(chunk.start + _AT_ONCE, count), count)
+        for number, reason in sorted(chunk.bad.items()):
             good_N[number] = False
             key, offset, label = (int(values[number]) for values in (images.key_N, images.offset_N, images.label_N))
             listed = None if key < 0 else key
             findings.add(Finding(kind="image", offset=offset, key=listed, label=label, what=reason))
     return good_N
-
-
-def _in_order(
-    work: Callable[[int], list[tuple[int, str]]], starts: range, threads: int
-) -> Iterator[tuple[int, list[tuple[int, str]]]]:
-    """(start, what `work` gave of it), with a few of them in work ahead."""
-    left = iter(starts)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque((start, pool.submit(work, start)) for start in islice(left, 4 * threads))
-        while waiting:
-            start, task = waiting.popleft()
-            found = task.result()
-            waiting.extend((following, pool.submit(work, following)) for following in islice(left, 1))
-            yield start, found

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from backbones import names
 from configs.load import load_config
 from configs.schema import ConfigError, ModelConfig, TrainConfig
+from data.commands.arguments import Parser
 from data.errors import DataError
 from data.records import RecordSet
 from evaluation.embed_records import EmbedError, embed_records, load_backbone
@@ -96,12 +97,6 @@ def _model_of(path: Path) -> ModelConfig:
     return load_config(None, [f"model.{key}={value}" for key, value in section.items()]).model
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """One line, as for all that can be wrong."""
-        self.exit(2, f"error: {message} ({self.prog} --help lists all)\n")
-
-
 def _whole(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
@@ -109,8 +104,8 @@ def _whole(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m evaluation", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = Parser(prog="python -m evaluation", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     embed = commands.add_parser(
         "embed",
         help="embeddings of a record set, row i of sample i",

@@ -6,13 +6,9 @@ import argparse
 import math
 from collections.abc import Callable
 
+from data.commands.arguments import Parser
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """One line, as for all that can be wrong."""
-        self.exit(2, f"error: {message} ({self.prog} --help lists all)\n")
+__all__ = ["Parser", "nonnegative", "whole"]
 
 
 def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:

@@ -12,7 +12,7 @@ from data.choosing import merge, split, subset
 from data.commands.arguments import fraction, shown, whole
 from data.errors import DataError
 from data.records import RecordSet
-from data.rewrite import Selection, names_of, refuse_existing, texts_of, write_set
+from data.rewrite import Selection, names_of, names_text, refuse_existing, refuse_source, texts_of, write_set
 from data.shuffling import MEMORY, shuffled
 
 
@@ -98,7 +98,7 @@ def _shuffle(args: argparse.Namespace, console: Console) -> int:
         shown(images, "images", records.num_samples, console),
         num_classes=classes,
         image_size=records.image_size,
-        texts={"identities.txt": "".join(f"{name}\n" for name in names)} if names else {},
+        texts=names_text(names),
         force=args.force,
         sequential=True,
     )
@@ -108,8 +108,7 @@ def _shuffle(args: argparse.Namespace, console: Console) -> int:
 
 def _open(folder: Path, *outs: Path) -> RecordSet:
     for out in outs:
-        if out.resolve() == folder.resolve():
-            raise DataError(f"{out}: expected another folder than the set's own, which stays as it is")
+        refuse_source(out, folder)
     return RecordSet.open(folder)
 
 

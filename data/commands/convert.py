@@ -16,7 +16,7 @@ from data.commands.arguments import shown, whole
 from data.decode import declared_size
 from data.errors import DataError
 from data.records import RecordSet
-from data.rewrite import write_set
+from data.rewrite import refuse_source, write_set
 from data.webdataset import SHARD_IMAGES, Shards, find_shards, write_shards
 
 _SHARD = re.compile(r"[0-9]{6}\.tar")
@@ -45,8 +45,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """0."""
-    if args.out.resolve() == args.source.resolve():
-        raise DataError(f"{args.out}: expected another folder than the source")
+    refuse_source(args.out, args.source)
     if (args.source / "train.rec").is_file():
         _to_shards(args, console)
     else:

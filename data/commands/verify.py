@@ -18,7 +18,7 @@ from data.errors import DataError
 from data.findings import KINDS, MOST, Verified
 from data.header import unpack
 from data.recordio import RecordReader
-from data.rewrite import names_of, refuse_existing, write_set
+from data.rewrite import names_of, names_text, refuse_existing, refuse_source, write_set
 from data.verify import Progress, verify
 
 _SHOWN = 20
@@ -48,8 +48,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """0: nothing is wrong, 1: something is."""
     if args.fix is not None:
-        if args.fix.resolve() == args.folder.resolve():
-            raise DataError(f"--fix {args.fix}: expected another folder than the set's own, which stays as it is")
+        refuse_source(args.fix, args.folder)
         refuse_existing(args.fix, force=args.force)
     with _bars(console) as progress:
         found = verify(args.folder, threads=args.threads, progress=progress)
@@ -112,8 +111,7 @@ def _fix(found: Verified, out: Path, *, force: bool, console: Console) -> tuple[
             yield int(label_N[number]), bytes(unpack(reader.read_at(int(offset_N[number])))[1])
 
     texts = {"findings.json": json.dumps(found.as_json(), indent=1) + "\n"}
-    if names := names_of(folder, classes):
-        texts["identities.txt"] = "".join(f"{name}\n" for name in names)
+    texts |= names_text(names_of(folder, classes))
     try:
         count = write_set(
             out,
