@@ -21,6 +21,7 @@ NAME = "hashes.json"
 BLOCK = 1 << 26
 _MOST_THREADS = 4
 """The whole file's hash is made by one thread: more would wait for it, with a block each."""
+_MOST_BLOCK = 1 << 30  # as much is held for each thread
 _VERSION = 1
 _FILES = ("train.rec", "train.idx", "property", "identities.txt", "labels.csv")
 _SUFFIXES = (".bin",)
@@ -119,12 +120,16 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         files = content["files"]
         fine = content["version"] == _VERSION and content["algorithm"] == "sha256" and isinstance(content["block"], int)
-        fine &= content["block"] > 0 and len(files) > 0 and all(_is_entry(name, entry) for name, entry in files.items())
+        fine &= (
+            0 < content["block"] <= _MOST_BLOCK
+            and len(files) > 0
+            and all(_is_entry(name, entry) for name, entry in files.items())
+        )
     except FileNotFoundError:
         raise DataError(f"{path}: missing: write it with `python -m data hash {path.parent}`") from None
     except OSError as error:
         raise DataError(f"{path}: cannot read it ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fine = False
     if not fine:
         raise DataError(f"{path}: expected what `python -m data hash` writes, found something else: write it anew")

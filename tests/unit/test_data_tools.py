@@ -94,6 +94,8 @@ _HASHES = '{"version": 1, "algorithm": "sha256", "block": 4, "files": %s}'
 NO_HASHES = [
     *("", "[]", '{"version": 1}', _HASHES.replace("1,", "2,", 1) % "{}", _HASHES % "{}"),
     _HASHES % '{"../x": {"size": 1, "sha256": "", "blocks": []}}',
+    _HASHES.replace("4,", "99999999999999,") % '{"x": {"size": 1, "sha256": "", "blocks": []}}',
+    "[" * 200_000,
 ]
 
 
