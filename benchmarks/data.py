@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _what(records: RecordSet, args: argparse.Namespace) -> str:
-    size = (records.folder / "train.rec").stat().st_size / records.num_samples
+    size = records.bytes / records.num_samples
     origin = "drawn faces" if args.folder is None else "of the set"
     height, width = records.image_size
     return (

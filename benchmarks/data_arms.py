@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import cv2
@@ -88,7 +89,7 @@ def arms(
     found: list[Arm] = []
     for count in threads:
         ours = partial(_ours, records, batch=batch, threads=count, device=device)
-        reader = partial(dali_reader, records.folder, batch=batch, threads=count, device=device)
+        reader = partial(dali_reader, Path(records.address), batch=batch, threads=count, device=device)
         ways: dict[str, Callable[[int], Counts]] = {
             BARE: partial(_bare, records, encoded, batch=batch, threads=count),
             FILLING: partial(_filling, records, encoded, batch=batch, threads=count),
@@ -99,7 +100,7 @@ def arms(
             DALI_READER: partial(_theirs, reader),
         }
         found += [Arm(way, f"{count}", open_) for way, open_ in ways.items() if way not in left_out]
-    loader = partial(data_loader, records.folder, batch=batch, device=device)
+    loader = partial(data_loader, Path(records.address), batch=batch, device=device)
     return [*found, Arm(DATA_LOADER, f"{WORKERS} workers", partial(_theirs, loader))], left_out
 
 

@@ -62,7 +62,7 @@ def _copy(copy: Path, whole: RecordSet, images: int) -> None:
     looked_at = range(min(images, whole.num_samples))
     good = [sample for sample in _shown(looked_at, "copying records", len(looked_at)) if _is_good_jpeg(whole, sample)]
     if not good:
-        raise DataError(f"{whole.folder}: expected good JPEGs, found none in the first {len(looked_at)} images")
+        raise DataError(f"{whole.address}: expected good JPEGs, found none in the first {len(looked_at)} images")
     classes, labels = np.unique(whole.labels[good], return_inverse=True)
     encoded = (bytes(whole.image(sample)[1]) for sample in good)
     _write(copy, zip(labels.tolist(), encoded, strict=True), len(classes), whole.image_size)

@@ -166,7 +166,7 @@ def classes_a_step(run: Run, output: Path) -> float:
     schedule = RefreshSchedule.of(config.clustering, total_steps=steps * config.train.epochs, steps_per_epoch=steps)
     named = []
     for step in range(schedule.total_steps):
-        labels_B = records.labels[plan.samples(*divmod(step, steps))]
+        labels_B = records.labels[plan.samples(step // steps, step % steps * plan.global_batch)]
         if neighbour_Ck is not None and schedule.ramp(step) > 0:
             labels_B = np.concatenate([labels_B, neighbour_Ck[labels_B].ravel()])
         named.append(len(np.unique(labels_B[labels_B >= 0])))

@@ -86,13 +86,11 @@ class RecordLoader(ABC):
         self._open: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
         self.steps_per_epoch = plan.steps_per_epoch
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches from `start_step` to the end of the epoch. Work begins with the first `next`."""
-        if epoch < 0 or not 0 <= start_step <= self.steps_per_epoch:
-            raise DataError(
-                f"expected epoch >= 0 and start_step 0 to {self.steps_per_epoch}, got {epoch=}, {start_step=}"
-            )
-        stream = self._batches(epoch, start_step)
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        """See `data.batch.Loader`. Work begins with the first `next`. Raises DataError when there is no such start."""
+        if epoch < 0:
+            raise DataError(f"expected an epoch of 0 or more, got {epoch}")
+        stream = self._batches(epoch, self._plan.starts(start))
         self._open.add(stream)
         return stream
 
@@ -102,13 +100,15 @@ class RecordLoader(ABC):
             stream.close()
 
     @abstractmethod
-    def _batches(self, epoch: int, start_step: int) -> Generator[Batch, None, None]:
+    def _batches(self, epoch: int, starts: range) -> Generator[Batch, None, None]:
         """The generator behind `epoch`."""
 
-    def _plans(self, epoch: int, start_step: int) -> Iterator[Planned]:
+    def _plans(self, epoch: int, starts: range) -> Iterator[Planned]:
         """Of each step."""
-        for step in range(start_step, self.steps_per_epoch):
-            samples_B = self._plan.samples(epoch, step)
+        for start in starts:
+            if self._records.far:
+                self._records.ahead(self._plan.coming(epoch, start))
+            samples_B = self._plan.samples(epoch, start)
             if self._flip:
                 flips_B = flips(samples_B, seed=self._plan.order.seed, epoch=epoch)
             else:

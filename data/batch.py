@@ -36,6 +36,13 @@ class ImageSource(Protocol):
     def labels(self) -> npt.NDArray[np.int64]:
         """int64 (num_samples,), the class of every image; only orders that go by class ask for it."""
 
+    @property
+    def far(self) -> bool:
+        """Whether it is worth while to say `ahead` what is going to be read."""
+
+    def ahead(self, samples: npt.NDArray[np.int64]) -> None:
+        """Some samples are going to be read."""
+
     def image(self, sample: int) -> tuple[int, memoryview]:
         """(label, encoded image); a DataError or RecordError ends the epoch, see `data.base_loader`."""
 
@@ -47,8 +54,10 @@ class Loader(Protocol):
     steps_per_epoch: int
     """The same on every rank."""
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Generator[Batch, None, None]:
-        """Batches `start_step`, start_step + 1, … of an epoch. Closing the generator ends its threads."""
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+        """Batches of an epoch, from the image `start` of its order on: as many as all ranks together have had, whatever
+        their number was. Closing the generator ends its threads.
+        """
 
     def close(self) -> None:
         """Close every epoch that is still open."""

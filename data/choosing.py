@@ -38,7 +38,7 @@ def subset(
     taken_C = count_C >= max(1, min_images)
     if listed is not None:
         chosen_C = np.zeros(C, np.bool_)
-        chosen_C[_listed(listed, names_of(records.folder, C), C)] = True
+        chosen_C[_listed(listed, names_of(records.file("identities.txt").parent, C), C)] = True
         taken_C &= chosen_C
     if identities is not None:
         left = np.flatnonzero(taken_C)
@@ -77,12 +77,12 @@ def merge(sets: Sequence[RecordSet], *, by_name: bool = False, table: Path | Non
     sizes = {records.image_size for records in sets}
     if len(sizes) > 1:
         raise DataError(f"expected sets of one image size, got {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}")
-    names = [names_of(records.folder, records.num_classes) for records in sets]
+    names = [names_of(records.file("identities.txt").parent, records.num_classes) for records in sets]
     if by_name:
         for records, of_set in zip(sets, names, strict=True):
             if not of_set:
                 raise DataError(
-                    f"{records.folder}: expected identities.txt, which --by-name needs: write one, or use --map"
+                    f"{records.address}: expected identities.txt, which --by-name needs: write one, or use --map"
                 )
         number: dict[str, int] = {}
         maps = [np.array([number.setdefault(name, len(number)) for name in of_set], np.int64) for of_set in names]

@@ -72,6 +72,8 @@ class BalancedOrder:
         image_P = _permuted(place_P, size_P, self._member_keys, class_P, sweep_P, round_P // size_P)
         return self._index.samples(class_P, image_P)
 
+    coming = samples
+
 
 class IdentityOrder:
     """Groups of K images of one identity (P x K): positions [i K, (i + 1) K) are the i-th group.
@@ -105,6 +107,8 @@ class IdentityOrder:
         size_P = self._index.sizes_C[class_P]
         place_P = ((group_P - self._starts_C[class_P]) * self.group + member_P) % size_P
         return self._index.samples(class_P, _permuted(place_P, size_P, member_keys, class_P))
+
+    coming = samples
 
 
 def _permuted(place_P: Int64s, size_P: Int64s | np.int64, round_keys: UInt64s, *numbers_P: Int64s) -> Int64s:

@@ -47,10 +47,10 @@ class CpuLoader(RecordLoader):
 
     backend = "cpu"
 
-    def _batches(self, epoch: int, start_step: int) -> Generator[Batch, None, None]:
+    def _batches(self, epoch: int, starts: range) -> Generator[Batch, None, None]:
         size = self._records.image_size
         drafts = prefetch(
-            (_PixelDraft(plan, size=size, pinned=self._pinned) for plan in self._plans(epoch, start_step)),
+            (_PixelDraft(plan, size=size, pinned=self._pinned) for plan in self._plans(epoch, starts)),
             self._decode,
             rows=self._plan.batch_size,
             threads=self._threads,

@@ -123,9 +123,9 @@ class DaliLoader(RecordLoader):
             ) from None
         self._dali: Any = nvidia.dali
 
-    def _batches(self, epoch: int, start_step: int) -> Generator[Batch, None, None]:
+    def _batches(self, epoch: int, starts: range) -> Generator[Batch, None, None]:
         drafts = prefetch(
-            (_EncodedDraft(plan, pinned=self._pinned) for plan in self._plans(epoch, start_step)),
+            (_EncodedDraft(plan, pinned=self._pinned) for plan in self._plans(epoch, starts)),
             self._check,
             rows=self._plan.batch_size,
             threads=self._threads,

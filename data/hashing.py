@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 UInt64s = npt.NDArray[np.uint64]
 
-ORDER, FLIP, AUGMENT, KEEP, SHUFFLE, CLASSES, MEMBERS = range(7)
+ORDER, FLIP, AUGMENT, KEEP, SHUFFLE, CLASSES, MEMBERS, WINDOW, PLACE = range(9)
 """What the numbers are for: each purpose has its own keys."""
 
 

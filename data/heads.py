@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.header import HEADER, HeaderError, unpack
-from data.recordio import HEAD, LENGTH_BITS, MAGIC, MAX_LENGTH, WHOLE, RecordError, RecordReader
+from data.recordio import HEAD, LENGTH_BITS, MAGIC, MAX_LENGTH, WHOLE, RecordError, Records
 
 _CHUNK = 1 << 20
 """Records at a time: some 100 MB of temporary arrays."""
@@ -37,7 +37,7 @@ class Heads(NamedTuple):
         return Heads(self.flag[rows], self.labels[rows], self.image_bytes[rows], self.end[rows])
 
 
-def read_heads(reader: RecordReader, offsets: npt.NDArray[np.int64]) -> Heads:
+def read_heads(reader: Records, offsets: npt.NDArray[np.int64]) -> Heads:
     """Headers of the records at `offsets` (n,), in that order.
 
     Raises RecordError where no record starts or its payload does not begin with a header.
@@ -56,29 +56,24 @@ def read_heads(reader: RecordReader, offsets: npt.NDArray[np.int64]) -> Heads:
     return heads
 
 
-def _read_plain(reader: RecordReader, offsets: npt.NDArray[np.int64], out: Heads) -> npt.NDArray[np.intp]:
+def _read_plain(reader: Records, offsets: npt.NDArray[np.int64], out: Heads) -> npt.NDArray[np.intp]:
     """Fill in the rows of undamaged records in one part; return the others' numbers."""
-    words = np.frombuffer(reader.view[: reader.size // 4 * 4], "<u4")
-    if not len(words):
+    if reader.size < 4:
         return np.arange(len(offsets))
-
-    def word(number: int) -> npt.NDArray[np.uint32]:
-        return words[np.clip(offsets // 4 + number, 0, len(words) - 1)]
-
-    length = (word(1) & MAX_LENGTH).astype(np.int64)
-    flag = word(2)
-    inside, first, second = (word(number).view(np.float32) for number in (3, 8, 9))  # 2 + 24 / 4 = 8
+    magic, head, flag, *labels = reader.words(offsets, (0, 1, 2, 3, 8, 9))  # 2 + 24 / 4 = 8
+    inside, first, second = (word.view(np.float32) for word in labels)
+    length = (head & MAX_LENGTH).astype(np.int64)
     out.flag[:] = flag
     out.labels[:, 0] = np.where(flag == 0, inside, first)
     out.labels[:, 1] = np.where(flag >= 2, second, np.nan)
     out.image_bytes[:] = length - HEADER.size - 4 * flag.astype(np.int64)
     out.end[:] = offsets + HEAD.size + (length + 3 & ~3)
-    plain = (offsets >= 0) & (offsets % 4 == 0) & (word(0) == MAGIC) & (word(1) >> LENGTH_BITS == WHOLE)
+    plain = (offsets >= 0) & (offsets % 4 == 0) & (magic == MAGIC) & (head >> LENGTH_BITS == WHOLE)
     plain &= (out.end <= reader.size) & (out.image_bytes >= 0)
     return np.flatnonzero(~plain)
 
 
-def _read_one(reader: RecordReader, offset: int, heads: Heads, row: int) -> None:
+def _read_one(reader: Records, offset: int, heads: Heads, row: int) -> None:
     try:
         header, image = unpack(reader.read_at(offset))
     except HeaderError as error:

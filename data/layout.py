@@ -12,7 +12,7 @@ from data.errors import DataError
 from data.header import EXACT, HeaderError
 from data.heads import Heads, read_heads
 from data.index import Index, find_identities
-from data.recordio import CutError, RecordError, RecordReader, cut_action, images_only_action, rebuild_action
+from data.recordio import CutError, RecordError, Records, cut_action, images_only_action, rebuild_action
 
 Labels = npt.NDArray[np.int64]
 
@@ -28,7 +28,7 @@ class Layout(NamedTuple):
     identities: npt.NDArray[np.int64]
 
 
-def find_layout(index_path: Path, index: Index, reader: RecordReader) -> Layout:
+def find_layout(index_path: Path, index: Index, reader: Records) -> Layout:
     """Tell the layouts apart by key 0: it is an image, or it states which keys are identity headers.
 
     Raises DataError when the index and the record file do not fit each other, or key 0 was cut off.
@@ -41,34 +41,54 @@ def find_layout(index_path: Path, index: Index, reader: RecordReader) -> Layout:
         return Layout("sequential", index, np.empty(0, np.int64))
     if not len(key_0):
         raise RecordError(reader.path, reader.size, "the record of key 0", "the end", cut_action(reader.path))
-    by_key = np.full(len(index.keys), -1, np.int64)
-    within = index.keys < len(by_key)
-    by_key[index.keys[within]] = index.offsets[within]
+    by_key = _by_key(index)
     try:
-        if not within.all():
-            raise HeaderError(f"keys from 0 to {len(by_key) - 1}", f"{index.keys.max()}")
+        if by_key is None:
+            raise HeaderError(f"keys from 0 to {len(index.keys) - 1}", f"{index.keys.max()}")
         start = find_identities(reader, by_key, (float(heads.labels[0, 0]), float(heads.labels[0, 1])))
     except HeaderError as error:
         raise DataError(f"{index_path}: {error} ({rebuild_action(reader.path)})") from None
-    is_image = (index.keys > 0) & (index.keys < start)
-    return Layout("insightface", Index(index.keys[is_image], index.offsets[is_image]), by_key[start:])
+    is_image = slice(start - 1) if _in_order(index) else (index.keys > 0) & (index.keys < start)
+    return Layout("insightface", Index(index.keys[is_image], index.offsets[is_image]), by_key[start - 1 :])
 
 
-def labels_of_ranges(layout: Layout, reader: RecordReader) -> Labels | None:
-    """Class of every image, int64 (num_samples,): the number of the identity header whose range holds its key.
+def _in_order(index: Index) -> bool:
+    """Keys 1, 2, … and 0 behind them, as builders write them: read_index has seen that none comes twice."""
+    keys = index.keys
+    return bool(keys[-1] == 0 and len(keys) > 1 and keys[0] == 1 and keys[-2] == len(keys) - 1) and bool(
+        (keys[1:-1] > keys[:-2]).all()
+    )
 
-    None when there are no identity headers, or keys go above 2^24: float32 rounds such ranges, and no rounded range
-    is used for anything. Raises RecordError when the ranges do not cover every image just once.
+
+def _by_key(index: Index) -> npt.NDArray[np.int64] | None:
+    """Offsets of the keys 1, 2, …; a view of those of the index where it is in order. None: a key is too high."""
+    if _in_order(index):
+        return index.offsets[:-1]
+    if index.keys.max() >= len(index.keys):
+        return None
+    by_key = np.empty(len(index.keys), np.int64)
+    by_key[index.keys] = index.offsets
+    return by_key[1:]
+
+
+def labels_of_ranges(layout: Layout, reader: Records) -> tuple[Labels, npt.NDArray[np.bool_]] | None:
+    """(classes, which images they hold for): int64 and bool (num_samples,); a class is the number of the identity
+    header whose range holds the image's key.
+
+    float32 rounds ranges from 2^24 on, and no rounded one is used: they hold for keys below that. None when there are
+    no identity headers. Raises RecordError when the ranges do not cover every one of these images just once.
     """
     count = len(layout.images.keys)
-    if not len(layout.identities) or count + 1 > EXACT:
+    if not len(layout.identities):
         return None
     heads = read_heads(reader, layout.identities)
     starts, ends = heads.labels[:, 0].astype(np.float64), heads.labels[:, 1].astype(np.float64)
+    last = min(count, EXACT - 1)
     order = np.lexsort((ends, starts))  # by start; an empty range before the one that starts with it
+    order = order[starts[order] <= last + 1]
     expected = np.concatenate(([1.0], ends[order[:-1]]))
     wrong = ~heads.is_identity[order] | (starts[order] != expected) | (ends[order] < starts[order])
-    wrong[-1] |= ends[order[-1]] != count + 1
+    wrong[-1] |= ends[order[-1]] < last + 1 if last < count else ends[order[-1]] != count + 1
     if wrong.any():
         row = int(order[np.argmax(wrong)])
         raise RecordError(
@@ -78,11 +98,13 @@ def labels_of_ranges(layout: Layout, reader: RecordReader) -> Labels | None:
             f"the labels {starts[row]:g}, {ends[row]:g}",
             images_only_action(reader.path),
         )
-    by_key = np.repeat(order, (ends - starts)[order].astype(np.int64))
-    return by_key[layout.images.keys - 1].astype(np.int64, copy=False)
+    by_key = np.repeat(order, (np.minimum(ends, last + 1) - starts)[order].astype(np.int64).clip(min=0))
+    exact = layout.images.keys <= last
+    classes = by_key[np.minimum(layout.images.keys, last) - 1]
+    return classes.astype(np.int64, copy=False), exact
 
 
-def labels_of_images(layout: Layout, reader: RecordReader, *, pair: bool, num_classes: int) -> Labels:
+def labels_of_images(layout: Layout, reader: Records, *, pair: bool, num_classes: int) -> Labels:
     """Class of every image by its own header, int64 (num_samples,).
 
     Raises RecordError naming the first record without a valid class or without an image, or, when every record is
@@ -110,7 +132,7 @@ def labels_of_images(layout: Layout, reader: RecordReader, *, pair: bool, num_cl
     return labels
 
 
-def _check_complete(images: Index, heads: Heads, reader: RecordReader) -> None:
+def _check_complete(images: Index, heads: Heads, reader: Records) -> None:
     """Between and behind the images of an index there may be identity headers and a cut record, but no image."""
     begin, end = np.append(0, heads.end), np.append(images.offsets, reader.size)
     for at in begin[begin != end].tolist():

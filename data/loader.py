@@ -14,6 +14,7 @@ from data.class_orders import BalancedOrder, ClassIndex, IdentityOrder
 from data.cpu_loader import CpuLoader
 from data.dali import DaliLoader, DaliUnavailableError
 from data.sampler import BatchPlan, EpochOrder, Order
+from data.window_order import WindowOrder
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ def build_loader(
     augment: AugmentConfig | None = None,
     sampler: Sampler = "shuffle",
     images_per_identity: int = 4,
+    window: int = 1 << 18,
 ) -> Loader:
     """A loader of this rank's batches.
 
@@ -40,12 +42,12 @@ def build_loader(
     backend: "auto" takes DALI where a GPU can augment, when it is installed, and the CPU loader otherwise: that decodes
     faster than DALI on a GPU's host too, as DALI's images have to be checked first (docs/experiments.md). threads:
     decoding threads. prefetch: batches in work ahead. flip: mirror half of the images. augment: what else happens to
-    them; None: nothing. sampler, images_per_identity: see `build_order`.
+    them; None: nothing. sampler, images_per_identity, window: see `build_order`.
 
     Raises DataError when an epoch does not fill a global batch, or batch_size cuts a group of an identity's images;
     DaliUnavailableError when backend is "dali" and DALI does not load. No collective.
     """
-    order = build_order(records, sampler=sampler, images_per_identity=images_per_identity, seed=seed)
+    order = build_order(records, sampler=sampler, images_per_identity=images_per_identity, window=window, seed=seed)
     plan = BatchPlan(
         records.num_samples, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, order=order
     )
@@ -80,13 +82,15 @@ def build_loader(
     return loader
 
 
-def build_order(records: ImageSource, *, sampler: Sampler, images_per_identity: int, seed: int) -> Order:
-    """The order of the samples that `sampler` names; all but "shuffle" index the labels of the whole set.
+def build_order(records: ImageSource, *, sampler: Sampler, images_per_identity: int, window: int, seed: int) -> Order:
+    """The order of the samples that `sampler` names; "balanced" and "identities" index the labels of the whole set.
 
-    images_per_identity: images of a group, with "identities".
+    images_per_identity: images of a group, with "identities". window: images of a window, with "windows".
     """
     if sampler == "shuffle":
         return EpochOrder(records.num_samples, seed=seed)
+    if sampler == "windows":
+        return WindowOrder(records.num_samples, window=window, seed=seed)
     index = ClassIndex(records.labels)
     if sampler == "balanced":
         return BalancedOrder(index, seed=seed)

@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
 
 from data.errors import DataError
 
@@ -28,16 +31,20 @@ WHOLE, START, MIDDLE, END = 0, 1, 2, 3
 _PART_NAMES = {WHOLE: "a whole record", START: "the start of a record", MIDDLE: "a middle part", END: "an end part"}
 
 
+Where = Path | str
+"""A file, or the address of one in an object store."""
+
+
 class RecordError(DataError):
     """A record file is not as its format says: `<file>: byte <offset>: expected …, found … (what to do)`."""
 
-    def __init__(self, path: Path, offset: int, expected: str, found: str, action: str) -> None:
+    def __init__(self, path: Where, offset: int, expected: str, found: str, action: str) -> None:
         super().__init__(f"{path}: byte {offset}: expected {expected}, found {found} ({action})")
         self.path = path
         self.offset = offset
         self._parts = (path, offset, expected, found, action)
 
-    def __reduce__(self) -> tuple[type[RecordError], tuple[Path, int, str, str, str]]:
+    def __reduce__(self) -> tuple[type[RecordError], tuple[Where, int, str, str, str]]:
         return type(self), self._parts  # raised in workers, shown by their parent
 
 
@@ -45,40 +52,47 @@ class CutError(RecordError):
     """The file ends inside a record."""
 
 
-def rebuild_action(path: Path) -> str:
+def rebuild_action(path: Where) -> str:
     """What to do about an index that does not fit its record file."""
     return f"rebuild the index with `python -m data index {path}`"
 
 
-def images_only_action(path: Path) -> str:
+def images_only_action(path: Where) -> str:
     """What to do about identity headers that are wrong."""
     return f"leave the identity headers out with `python -m data index --images-only {path}`"
 
 
-def cut_action(path: Path) -> str:
+def cut_action(path: Where) -> str:
     """What to do about a record file that was cut."""
     return f"the file was cut: copy it again, or keep its images with `python -m data index --images-only {path}`"
 
 
-class RecordReader:
-    """Reads records by offset, without copies; safe to share between threads; pickled by its path.
+class Records:
+    """Reads the records of some bytes by offset; safe to share between threads. `path` is for messages.
 
-    `view` is the whole file, read-only.
+    A subclass says where the bytes are.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Map the file. Raises DataError when it is missing or cannot be read."""
-        self.path = Path(path)
-        try:
-            with self.path.open("rb") as file:
-                self.size = file.seek(0, 2)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot read it ({error.strerror}): expected a record file") from None
-        self.view = memoryview(self._map if self._map is not None else b"")
+    path: Where
+    size: int
 
-    def __reduce__(self) -> tuple[type[RecordReader], tuple[Path]]:
-        return RecordReader, (self.path,)
+    def read(self, begin: int, end: int) -> memoryview:
+        """Bytes begin … end, both within the file."""
+        raise NotImplementedError
+
+    def words(self, offsets: npt.NDArray[np.int64], places: Sequence[int]) -> list[npt.NDArray[np.uint32]]:
+        """32-bit words at `offsets` (n,), rising, for each of `places`: so many words behind; uint32 (n,) each.
+
+        What lies outside of the file is any other word of it.
+        """
+        raise NotImplementedError
+
+    def ahead(self, offsets: npt.NDArray[np.int64]) -> None:
+        """Records at these offsets are going to be read: a hint, for what is far away."""
+
+    def close(self) -> None:
+        """Let go of the file."""
+        raise NotImplementedError
 
     def read_at(self, offset: int) -> memoryview:
         """Payload of the record that starts at a byte offset: a view into the file; of a record in parts, a copy.
@@ -87,9 +101,9 @@ class RecordReader:
         """
         cflag, begin, end = self._part(offset)
         if cflag == WHOLE:
-            return self.view[begin:end]
+            return self.read(begin, end)
         spans = [(begin, end), *self._further_parts(offset, end)]
-        return memoryview(MAGIC_BYTES.join(self.view[begin:end] for begin, end in spans))
+        return memoryview(MAGIC_BYTES.join(self.read(begin, end) for begin, end in spans))
 
     def end_of(self, offset: int) -> int:
         """Byte offset behind the record that starts at `offset`, padding included. Raises RecordError."""
@@ -102,13 +116,6 @@ class RecordReader:
             end, length = self._extent(offset)
             yield offset, length
             offset = end
-
-    def close(self) -> None:
-        """Unmap the file; payloads that are still held keep the map alive until they are gone."""
-        with contextlib.suppress(BufferError):  # views are still held
-            self.view.release()
-            if self._map is not None:
-                self._map.close()
 
     def _extent(self, offset: int) -> tuple[int, int]:
         """(offset behind the record, payload bytes)."""
@@ -142,7 +149,7 @@ class RecordReader:
         if begin > self.size:
             found = f"{self.size - offset} bytes to the end of the file"
             raise CutError(self.path, offset, f"a record head of {HEAD.size} bytes", found, cut_action(self.path))
-        magic, head = HEAD.unpack_from(self.view, offset)
+        magic, head = HEAD.unpack(self.read(offset, begin))
         if magic != MAGIC:
             self._refuse_magic(offset, magic)
         cflag, length = head >> LENGTH_BITS, head & MAX_LENGTH
@@ -168,6 +175,42 @@ class RecordReader:
                 f"not a record file, damaged, or the index of another: {rebuild_action(self.path)}",
             )
         raise RecordError(self.path, offset, f"magic {MAGIC:#010x}", found, action)
+
+
+class RecordReader(Records):
+    """Reads a file through a memory map, without copies; pickled by its path. `view` is the whole file, read-only."""
+
+    path: Path
+
+    def __init__(self, path: Path) -> None:
+        """Map the file. Raises DataError when it is missing or cannot be read."""
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                self.size = file.seek(0, 2)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot read it ({error.strerror}): expected a record file") from None
+        self.view = memoryview(self._map if self._map is not None else b"")
+
+    def __reduce__(self) -> tuple[type[RecordReader], tuple[Path]]:
+        return RecordReader, (self.path,)
+
+    def read(self, begin: int, end: int) -> memoryview:
+        """See `Records`: a view."""
+        return self.view[begin:end]
+
+    def words(self, offsets: npt.NDArray[np.int64], places: Sequence[int]) -> list[npt.NDArray[np.uint32]]:
+        """See `Records`."""
+        words = np.frombuffer(self.view[: self.size // 4 * 4], "<u4")
+        return [words[np.clip(offsets // 4 + place, 0, len(words) - 1)] for place in places]
+
+    def close(self) -> None:
+        """Unmap the file; payloads that are still held keep the map alive until they are gone."""
+        with contextlib.suppress(BufferError):  # views are still held
+            self.view.release()
+            if self._map is not None:
+                self._map.close()
 
 
 class RecordWriter:

@@ -1,130 +1,108 @@
-"""A training set in a folder: `train.rec`, `train.idx` and `property`, in each layout that the field packs."""
+"""A training set: record files, their indexes and `property`, in each layout that the field packs, near or far."""
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from data.errors import DataError
-from data.header import HEADER, HeaderError, class_of, unpack
-from data.index import read_index
-from data.layout import Labels, find_layout, labels_of_images, labels_of_ranges
-from data.properties import read_properties
-from data.recordio import HEAD, MAGIC, MAX_LENGTH, RecordError, RecordReader, images_only_action
+from data.cache import Cache, Table, keep_table, load_table, stamp
+from data.layout import Labels
+from data.places import Place, Where, index_of, is_address, place_of, record_files
+from data.properties import Properties, read_properties
+from data.record_files import SPREAD, find_out
+from data.samples import Samples
 
-_SPREAD = 1024
-"""Images looked at across the whole file when a set with identity headers is opened: a few milliseconds, and an
-index of another file, or labels that disagree with the identity headers, show at once."""
-
-_PLAIN = struct.Struct(HEAD.format + HEADER.format.removeprefix("<"))
-"""Heads of a record in one part and of an image with one label: what nearly all images begin with."""
+_SPREAD_FAR = 16
+"""Images looked at in a set that is far away: each costs a block."""
 
 
 class RecordSet:
     """Every image of a set, numbered 0 .. num_samples - 1 (the sample id) in file order, whatever the layout.
 
     layout "insightface": images at keys 1..N, then identity headers with the range of keys of each identity, and
-    key 0, which says where these headers lie. layout "sequential": every record is an image.
+    key 0, which says where these headers lie. layout "sequential": every record is an image. Several files
+    (train_0.rec, train_1.rec, …) are one set, one behind the other, with the classes that their images name.
 
     Labels are float32 in the format. Key ranges are exact up to 2^24 and give the classes without a touch of the
-    images; in a larger set every image's own header is read instead, and ranges are only counted (by the index, in
+    images; for images at higher keys their own headers are read instead, and ranges are only counted (by the index, in
     integers). Class numbers above 2^24 must be stored as pairs, see `data.header.class_labels`.
 
-    num_classes, num_samples; image_size: (height, width); labels: int64 (num_samples,), the class of every sample,
-    not to be written to. Threads may read at once; pickling keeps the folder only.
+    address: of the set; num_classes, num_samples; bytes: of its record files; image_size: (height, width); labels:
+    int64 (num_samples,), the class of every sample, not to be written to. Threads may read at once; pickling keeps the
+    address only.
     """
 
-    def __init__(self, folder: Path, reader: RecordReader) -> None:
+    def __init__(self, where: Where, place: Place, cache: Cache) -> None:
         """For `open`. Reads all that there is to know but the images."""
-        self.folder = folder
-        self._reader = reader
-        properties = read_properties(folder / "property")
+        self._where, self._place, self._cache = where, place, cache
+        self.address = place.address
+        names = record_files(place)
+        properties = read_properties(place.local("property"))
         self.num_classes = properties.num_classes
         self.image_size = properties.image_size
-        self._pair = properties.pair
-        index = read_index(folder / "train.idx", reader)
-        layout = find_layout(folder / "train.idx", index, reader)
-        self.layout = layout.name
-        self._images = layout.images
-        labels = labels_of_ranges(layout, reader)
-        if len(layout.identities):
-            self._check_classes(len(layout.identities), "identity headers")
-        if labels is None or not self._spread_agrees(labels):
-            # Identity headers need not stand in the order of the classes; the images' own headers always tell.
-            labels = labels_of_images(layout, reader, pair=self._pair, num_classes=self.num_classes)
-        if not len(layout.identities):
-            self._check_classes(int(labels.max()) + 1, "classes, by the highest label")
-        self.labels: Labels = labels
+        self._readers = [place.records(name) for name in names]
+        self.bytes = sum(reader.size for reader in self._readers)
+        table, self._samples = self._find_out(names, properties)
+        self.layout = table.layout
+        self.labels: Labels = table.labels
 
     @classmethod
-    def open(cls, folder: Path) -> RecordSet:
-        """Open and check a set. Raises DataError, one line, for anything missing, damaged or contradictory."""
-        folder = Path(folder)
-        path = folder / "train.rec"
-        if not path.is_file():
-            raise DataError(f"{path}: missing: expected a folder with train.rec, train.idx and property")
-        return cls(folder, RecordReader(path))
+    def open(cls, where: Where, cache: Cache | None = None) -> RecordSet:
+        """Open and check a set. Raises DataError, one line, for anything missing, damaged or contradictory.
 
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return RecordSet.open, (self.folder,)
+        where: a folder, or an address such as s3://bucket/folder. cache: where to keep what took long to find out, and
+        blocks of what is far away; None: `Cache.default()`.
+        """
+        cache = Cache.default() if cache is None else cache
+        where = where if is_address(where) else Path(where)
+        return cls(where, place_of(where, cache), cache)
+
+    def __reduce__(self) -> tuple[object, tuple[Where, Cache]]:
+        return RecordSet.open, (self._where, self._cache)
 
     @property
     def num_samples(self) -> int:
         """Number of images."""
-        return len(self._images.offsets)
+        return len(self.labels)
 
     def image(self, sample: int) -> tuple[int, memoryview]:
-        """(label, encoded image), the image a view into the file.
+        """(label, encoded image), the image a view into the file where it can be.
 
         Raises RecordError when the record is damaged or has no image, or its label is none of this set's or not the
-        one of its identity header; IndexError when there is no such sample.
+        one of its identity header; DataError when a store does not give it; IndexError when there is no such sample.
         """
-        if 0 <= sample < len(self.labels) and not self._pair:
-            # Plain and of the expected class, seen at once: decoding threads take turns at whatever Python does.
-            begin, label, view = self._images.offsets.item(sample), self.labels.item(sample), self._reader.view
-            if (start := begin + _PLAIN.size) < len(view):
-                magic, length, flag, found, _, _ = _PLAIN.unpack_from(view, begin)
-                end = begin + HEAD.size + length
-                plain = magic == MAGIC and length <= MAX_LENGTH and not flag and found == label
-                if plain and start < end and end + 3 & ~3 <= len(view):
-                    return label, view[start:end]
-        label, image = self._read(sample)
-        if label != self.labels[sample]:
-            expected = f"label {self.labels[sample]}, as its identity header says"
-            raise self._error(sample, expected, f"label {label}", images_only_action(self._reader.path))
-        return label, image
+        return self._samples.image(sample)
+
+    @property
+    def far(self) -> bool:
+        """Whether the set is in an object store."""
+        return is_address(self._where)
+
+    def ahead(self, samples: npt.NDArray[np.int64]) -> None:
+        """Some samples are going to be read: of a set that is far away they are got meanwhile."""
+        self._samples.ahead(samples)
+
+    def file(self, name: str) -> Path:
+        """A file beside the records, or a local copy of it; there need not be any. Raises DataError."""
+        return self._place.local(name)
 
     def close(self) -> None:
-        """Unmap the file."""
-        self._reader.close()
+        """Unmap the files."""
+        for reader in self._readers:
+            reader.close()
 
-    def _read(self, sample: int) -> tuple[int, memoryview]:
-        if not 0 <= sample < self.num_samples:
-            raise IndexError(f"sample {sample}: expected 0 to {self.num_samples - 1}")
-        try:
-            header, image = unpack(self._reader.read_at(int(self._images.offsets[sample])))
-            label = class_of(header.labels, pair=self._pair)
-            if not len(image):
-                raise HeaderError("an image behind the header", "none")
-            if label >= self.num_classes:
-                raise HeaderError(f"a class number from 0 to {self.num_classes - 1}", f"label {label}")
-        except HeaderError as error:
-            raise self._error(sample, error.expected, error.found, "correct property, or pack the set again") from None
-        return label, image
-
-    def _error(self, sample: int, expected: str, found: str, action: str) -> RecordError:
-        where = f"{found} in key {self._images.keys[sample]}"
-        return RecordError(self._reader.path, int(self._images.offsets[sample]), expected, where, action)
-
-    def _spread_agrees(self, labels: Labels) -> bool:
-        spread = np.unique(np.linspace(0, self.num_samples - 1, _SPREAD).astype(np.int64))
-        return all(self._read(sample)[0] == labels[sample] for sample in spread.tolist())
-
-    def _check_classes(self, counted: int, what: str) -> None:
-        if counted != self.num_classes:
-            raise DataError(
-                f"{self.folder / 'property'}: expected as many classes as {self._reader.path.name} has, found "
-                f"{self.num_classes} against {counted} {what} (correct the first number of property)"
-            )
+    def _find_out(self, names: list[str], properties: Properties) -> tuple[Table, Samples]:
+        """From the cache, if it has what these very files hold; else from the files."""
+        there = set(self._place.names)
+        files = [name for record in names for name in (record, index_of(record)) if name in there]
+        name = stamp([*map(self._place.mark, files), properties.text()])
+        if (table := load_table(self._cache, name)) is not None:
+            samples = Samples(self._readers, table, properties)
+            if samples.agree(_SPREAD_FAR if self.far else SPREAD):
+                return table, samples
+        table, slow = find_out(self._place, names, self._readers, properties)
+        if slow or self.far:
+            keep_table(self._cache, name, table)
+        return table, Samples(self._readers, table, properties)

@@ -68,7 +68,7 @@ class Selection:
         kept = self.label_N >= 0
         rows, counts = np.unique(np.stack([self.label_N, places, old])[:, kept], axis=1, return_counts=True)
         for (label, place, old_label), count in zip(rows.T.tolist(), counts.tolist(), strict=True):
-            table.writerow((label, self.sets[place].folder, old_label, count))
+            table.writerow((label, self.sets[place].address, old_label, count))
         return text.getvalue()
 
 
@@ -80,7 +80,7 @@ def choose(records: RecordSet, label_N: Ints) -> Selection:
     used, new = np.unique(label_N[kept], return_inverse=True)
     renumbered_N = np.full(len(label_N), LEFT_OUT, np.int64)
     renumbered_N[kept] = new.ravel()
-    names = names_of(records.folder, records.num_classes)
+    names = names_of(records.file(_NAMES).parent, records.num_classes)
     picked = [names[label] for label in used.tolist()] if names else ()
     return Selection(sets=[records], label_N=renumbered_N, num_classes=len(used), names=picked)
 

@@ -26,6 +26,9 @@ class Order(Protocol):
     def samples(self, epoch: int, positions: Int64s) -> Int64s:
         """Samples at the positions of the epoch's order. positions: int64, any shape, in [0, num_positions)."""
 
+    def coming(self, epoch: int, positions: Int64s) -> Int64s:
+        """Samples to begin to get, where they are far away, when these positions, rising, are planned."""
+
 
 class EpochOrder:
     """The plain shuffle: a permutation of [0, num_samples) for each epoch. Nothing is stored, however many samples."""
@@ -43,14 +46,17 @@ class EpochOrder:
         round_keys = keys(ROUNDS, seed=self.seed, epoch=epoch, purpose=ORDER)
         return permute(positions.astype(np.uint64), np.uint64(self.num_positions), round_keys).astype(np.int64)
 
+    coming = samples
+
 
 class BatchPlan:
     """Which samples a rank takes in which step.
 
-    Step t takes the positions [t G, (t+1) G) of the epoch's order, G = batch_size * world_size, and a rank its
-    contiguous slice of them: the global batch depends on G alone, not on the number of ranks. Every rank makes
-    n // G steps, n being the order's positions; the n % G of the tail are left out. In the plain shuffle no sample
-    comes twice in an epoch, and the tail has others in each.
+    A step takes the next G positions of the epoch's order, G = batch_size * world_size, and a rank its contiguous slice
+    of them: the global batch depends on G alone, not on the number of ranks. How far an epoch is, is one number, the
+    positions that all ranks together have had; from there any other number of ranks goes on with the same sequence.
+    Every rank makes n // G steps from the start, n being the order's positions; the n % G of the tail are left out. In
+    the plain shuffle no sample comes twice in an epoch, and the tail has others in each.
     """
 
     def __init__(
@@ -80,11 +86,19 @@ class BatchPlan:
             )
         self._slice_B = np.arange(rank * batch_size, (rank + 1) * batch_size, dtype=np.int64)
 
-    def samples(self, epoch: int, step: int) -> Int64s:
-        """Sample ids of this rank in this step, int64 (B,)."""
-        if not 0 <= step < self.steps_per_epoch:
-            raise IndexError(f"step {step}: expected 0 to {self.steps_per_epoch - 1}")
-        return self.order.samples(epoch, self._slice_B + step * self.global_batch)
+    def starts(self, start: int = 0) -> range:
+        """Where the steps begin from the position `start` on. Raises DataError outside of the epoch."""
+        if not 0 <= start <= self.order.num_positions:
+            raise DataError(f"expected to begin at 0 to {self.order.num_positions} images of the epoch, got {start}")
+        return range(start, self.order.num_positions - self.global_batch + 1, self.global_batch)
+
+    def samples(self, epoch: int, start: int) -> Int64s:
+        """Sample ids of this rank in the step that begins at the position `start`, int64 (B,)."""
+        return self.order.samples(epoch, self._slice_B + start)
+
+    def coming(self, epoch: int, start: int) -> Int64s:
+        """What any rank may read soon after that: see `Order`."""
+        return self.order.coming(epoch, np.arange(start, start + self.global_batch))
 
 
 def check_positions(positions: Int64s, count: int) -> None:

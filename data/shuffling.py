@@ -32,7 +32,7 @@ def shuffled(records: RecordSet, *, seed: int, folder: Path, memory: int = MEMOR
     folder: for the buckets, which need as much room as the set; they go with the iterator. memory: bytes of a bucket,
     about. Raises DataError when they cannot be written, or memory is too little for so many images.
     """
-    size = (records.folder / "train.rec").stat().st_size
+    size = records.bytes
     bits = max(0, (max(1, size - 1) // memory).bit_length())
     if 1 << bits > _MOST_BUCKETS:
         least = -(-size // (_MOST_BUCKETS << 19))

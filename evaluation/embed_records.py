@@ -92,7 +92,7 @@ def embed_records(
     """
     if records.image_size != IMAGE_SIZE:
         raise EmbedError(
-            f"{records.folder}: expected images of {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} pixels, property states "
+            f"{records.address}: expected images of {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} pixels, property states "
             f"{records.image_size[0]} x {records.image_size[1]}"
         )
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)

@@ -29,6 +29,14 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     yield from fresh_process(False, tmp_path_factory.mktemp("triton"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is kept in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLUSTERFACE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from backbones import IMAGE_SIZE
+from configs.data import DataConfig
 from configs.schema import ConfigError
+from data.cache import Cache, default_folder
 from data.records import RecordSet
 
 
@@ -22,16 +24,18 @@ def make_writable(output: Path, rank: int) -> None:
         ) from None
 
 
-def open_records(path: str) -> RecordSet:
+def open_records(config: DataConfig) -> RecordSet:
     """Open the training set. Raises ConfigError or DataError when there is none, or none that can be trained on."""
+    path = config.path
     if not path:
         raise ConfigError("data.path: expected the folder that holds train.rec, got nothing: use --set data.path=…")
-    records = RecordSet.open(Path(path))
+    folder = Path(config.cache) if config.cache else default_folder()
+    records = RecordSet.open(path, Cache(folder, int(config.cache_gb * 1e9)))
     if records.image_size != IMAGE_SIZE:
         expected, found = ("x".join(map(str, size)) for size in (IMAGE_SIZE, records.image_size))
         raise ConfigError(
             f"data.path: expected images of {expected} pixels, which the backbones take, got {found} by "
-            f"{records.folder / 'property'}: pack the images again, or correct property"
+            f"{records.address}/property: pack the images again, or correct property"
         )
     if records.num_classes < 2:
         raise ConfigError(f"data.path: expected at least 2 identities, got {records.num_classes} in {path}")

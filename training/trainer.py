@@ -40,7 +40,7 @@ class Trainer:
         train = config.train
         self.output = Path(train.output)
         make_writable(self.output, ranks.rank)
-        self.records = open_records(config.data.path)
+        self.records = open_records(config.data)
         self.loader = build_loader(
             self.records,
             batch_size=train.batch_size,
@@ -55,6 +55,7 @@ class Trainer:
             augment=config.augment,
             sampler=config.data.sampler,
             images_per_identity=config.data.images_per_identity,
+            window=config.data.window,
         )
         self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulation
         if self.steps_per_epoch == 0:
@@ -93,7 +94,7 @@ class Trainer:
             config=config,
             device=ranks.device,
         )
-        self.verification = Verification(config, ranks)
+        self.verification = Verification(config, self.records, ranks)
         self.checkpoints = CheckpointFolder(self.output, ranks, train.keep_checkpoints)
         self.step, self._saved, self._advised = 0, -1, False
         self.meter = Meter(ranks)
@@ -220,7 +221,7 @@ class Trainer:
         epoch, done = divmod(step, self.steps_per_epoch)
         if done == 0:
             self.meter.unusable.zero_()
-        stream = self.loader.epoch(epoch, start_step=done * accumulation)
+        stream = self.loader.epoch(epoch, start=done * self.global_batch)
         try:
             for _ in range(min(self.steps_per_epoch - done, last - step)):
                 with self.meter.data_wait:

@@ -15,6 +15,7 @@ import evaluation.verification as pairs_of_faces
 from backbones import Backbone
 from configs.schema import ConfigError, RunConfig
 from data.errors import DataError
+from data.records import RecordSet
 from data.verification_bin import VerificationSet, read_bin
 from evaluation.pairs import PairEmbeddings, embed_pairs
 from evaluation.plots import save_png, verification_figure
@@ -31,12 +32,11 @@ class _Set(NamedTuple):
 class Verification:
     """The verification sets of a run; reads them at once, so that a missing one shows before training begins."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, records: RecordSet, ranks: Ranks) -> None:
         """Raises DataError for a set that cannot be read, has fewer than ten pairs, or pairs of one kind only, and
         ConfigError for two sets of the same name.
         """
-        folder = Path(config.data.path)
-        self._sets = [_Set(Path(name).stem, _read(folder / name)) for name in config.eval.sets]
+        self._sets = [_Set(Path(name).stem, _read(records.file(name))) for name in config.eval.sets]
         names = [name for name, _ in self._sets]
         if len(set(names)) < len(names):
             raise ConfigError(f"eval.sets: expected files of different names, got {', '.join(config.eval.sets)}")

@@ -8,7 +8,7 @@ from data.records import RecordSet
 def identities(records: RecordSet) -> list[str]:
     """Names of all labels, as `python -m data pack folder` writes them beside the records; [] without."""
     try:
-        names = (records.folder / "identities.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        names = records.file("identities.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     return names if len(names) == records.num_classes else []

@@ -92,7 +92,7 @@ def _shuffle(args: argparse.Namespace, console: Console) -> int:
     records = _open(args.set, args.out)
     images = shuffled(records, seed=args.seed, folder=args.out, memory=args.memory << 20)
     classes = int(records.labels.max()) + 1  # without identity headers none tells of classes behind the last image's
-    names = names_of(records.folder, records.num_classes)[:classes]
+    names = names_of(records.file("identities.txt").parent, records.num_classes)[:classes]
     count = write_set(
         args.out,
         shown(images, "images", records.num_samples, console),

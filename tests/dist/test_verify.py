@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,6 +19,15 @@ from tests.ranks import RankPool, ranks_of
 from training.errors import TrainingError
 from training.metrics import RunLog
 from training.verify import Verification, share_statistics
+
+
+class _Records(NamedTuple):
+    """What is asked of a training set: files beside it."""
+
+    folder: Path
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
 
 
 def _evaluate(group: dist.ProcessGroup, folder: Path, poison: bool) -> str:
@@ -39,7 +49,7 @@ def _evaluate(group: dist.ProcessGroup, folder: Path, poison: bool) -> str:
     output.mkdir(exist_ok=True)
     log = RunLog(output, active=ranks.is_main, total_steps=10, first_step=0)
     try:
-        verification = Verification(config, ranks)
+        verification = Verification(config, _Records(folder), ranks)  # type: ignore[arg-type]
         verification.run(backbone, 0, log, output)
         verification.run(backbone, 5, log, output)
     except TrainingError as error:

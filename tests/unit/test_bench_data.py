@@ -84,7 +84,7 @@ def test_every_way_delivers_every_image(folder: Path) -> None:
             outcome = run(arm, 5, CPU)
             assert (outcome.images, outcome.label_sum) == (60, int(records.labels.sum())), arm
             assert run(arm, 2, CPU).images == 24, arm
-    assert not records.folder.exists()
+    assert not Path(records.address).exists()
 
 
 def test_a_way_that_delivers_less_is_refused(folder: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_copy_has_the_first_good_jpegs(tmp_path: Path) -> None:
 def test_peers_deliver_normalised_images(folder: Path) -> None:
     pytest.importorskip("nvidia.dali")
     with working_copy(folder, 60) as records:
-        dataset = RecordDataset(records.folder)
+        dataset = RecordDataset(Path(records.address))
         truth = torch.from_numpy(np.stack([decode_image(records.image(sample)[1], SIZE) for sample in range(60)]))
         truth_N3HW = (truth.permute(0, 3, 1, 2).float() - 127.5) / 127.5
         either_2N3HW = torch.stack([truth_N3HW, truth_N3HW.flip(3)])
@@ -118,8 +118,8 @@ def test_peers_deliver_normalised_images(folder: Path) -> None:
         assert (either_2N3HW[:, 25] - x_3HW).abs().amax(dim=(1, 2, 3)).min() < 1e-6
         assert int(label) == records.labels[25]
         for batches in (
-            data_loader(records.folder, batch=20, steps=3, device=CPU),
-            dali_reader(records.folder, batch=20, steps=3, threads=1, device=CPU),
+            data_loader(Path(records.address), batch=20, steps=3, device=CPU),
+            dali_reader(Path(records.address), batch=20, steps=3, threads=1, device=CPU),
         ):
             found: list[int] = []
             for images_B3HW, labels_B in batches:

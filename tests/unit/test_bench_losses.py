@@ -164,7 +164,7 @@ def test_classes_a_step_count_neighbours_once_and_from_the_ramp_on(tmp_path: Pat
     begin = 72 + round(0.2 * 36)  # one epoch, then a tenth of one until the first table
     named = []
     for step in range(3 * 72):
-        classes = set(Records.labels[plan.samples(*divmod(step, 72))].tolist())
+        classes = set(Records.labels[plan.samples(step // 72, step % 72 * BATCH)].tolist())
         if step >= begin:
             classes |= {int(c) for y in set(classes) for c in table[y] if c >= 0}
         named.append(len(classes))

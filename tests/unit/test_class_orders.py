@@ -227,7 +227,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(make: Make, lab
         (steps,) = {plan.steps_per_epoch for plan in plans}
         assert steps == plans[0].order.num_positions // 16
         batches[world_size] = [
-            np.concatenate([plan.samples(1, step) for plan in plans]).tolist() for step in range(steps)
+            np.concatenate([plan.samples(1, step * 16) for plan in plans]).tolist() for step in range(steps)
         ]
     assert batches[1] == batches[2] == batches[4]
 
@@ -243,7 +243,7 @@ def test_loaders_follow_them_and_resume_in_the_middle_of_an_epoch(sampler: str) 
             records, seed=3, backend="cpu", device=torch.device("cpu"), threads=2, prefetch=2, flip=True,
             sampler=sampler, images_per_identity=3, **settings,  # type: ignore[arg-type]
         )  # fmt: skip
-        batches = list(loader.epoch(1, start_step=start_step))
+        batches = list(loader.epoch(1, start=start_step * settings["batch_size"]))
         assert len(batches) == loader.steps_per_epoch - start_step
         assert all(batch.labels.equal(batch.sample_ids % 10) for batch in batches)
         return [batch.sample_ids.tolist() for batch in batches]

@@ -133,7 +133,7 @@ def test_a_single_name_is_a_list_of_one() -> None:
         ("clustering.temperature=0.001", "clustering.temperature: expected more than 0.02"),
         ("clustering.margin_low=0.9", "clustering.margin_low, margin_high: expected"),
         ("data.backend=mxnet", "data.backend: expected auto, dali or cpu, got 'mxnet'"),
-        ("data.sampler=random", "data.sampler: expected shuffle, balanced or identities, got 'random'"),
+        ("data.sampler=random", "data.sampler: expected shuffle, windows, balanced or identities, got 'random'"),
         ("data.images_per_identity=1", "data.images_per_identity: expected at least 2, got 1"),
         ("eval.sets=[1]", "eval.sets: expected a list of names, got [1]"),
         ("eval.sets={a", "not valid YAML"),

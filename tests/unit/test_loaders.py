@@ -162,10 +162,10 @@ def test_donors() -> None:
 def test_resuming_gives_the_rest_of_the_epoch(backend: str) -> None:
     whole = list(_loader(backend=backend).epoch(2))
     for start in (0, 1, 4, 6):
-        _same(list(_loader(backend=backend).epoch(2, start_step=start)), whole[start:])
-    for start, epoch in ((-1, 0), (7, 0), (0, -1)):
-        with pytest.raises(DataError, match="start_step 0 to 6"):
-            _loader(backend=backend).epoch(epoch, start_step=start)
+        _same(list(_loader(backend=backend).epoch(2, start=8 * start)), whole[start:])
+    for start, epoch in ((-1, 0), (54, 0), (0, -1)):
+        with pytest.raises(DataError, match=r"0 to 53 images of the epoch|an epoch of 0 or more"):
+            _loader(backend=backend).epoch(epoch, start=start)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -105,26 +105,28 @@ def test_labels_above_float32_are_pairs(tmp_path: Path) -> None:
     _fails(folder, "property", f"{classes} classes with single labels", "pack the set again")
 
 
-def test_more_images_than_float32_counts_are_read_by_their_own_headers(
+def test_images_whose_keys_float32_does_not_count_are_read_by_their_own_headers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if float32 were exact to 8 only: ranges of keys say nothing then, here on purpose wrong ones."""
+    """As if float32 were exact to 8 only: ranges say nothing from key 8 on, here wrong ones on purpose."""
     records = insightface_records(COUNTS)
-    records[9:13] = [image_record(key, [1, 1], b"") for key in range(10, 14)]
+    records[12] = image_record(13, [6, 9], b"")  # in truth 6 … 10
     folder = write_set(tmp_path, records, classes=4)
-    _fails(folder, "byte", "expected an identity header with the keys from", "--images-only")
+    _fails(folder, "byte", "expected an identity header with the keys from 6 on, all of them to 9", "--images-only")
     monkeypatch.setattr("data.layout.EXACT", 8)
-    monkeypatch.setattr("data.header.EXACT", 8)
     _check(RecordSet.open(folder))
+    records[8] = image_record(9, [2], b"image 9")
+    opened = RecordSet.open(write_set(tmp_path, records, classes=4))
+    assert opened.labels.tolist() == [*LABELS[:8], 2]
+    records[12] = image_record(13, [6, 7], b"")
+    _fails(write_set(tmp_path, records, classes=4), "keys from 6 on", "the labels 6, 7")
 
 
-@pytest.mark.parametrize("name", ["train.rec", "train.idx", "property"])
+@pytest.mark.parametrize("name", ["train.rec", "property"])
 def test_missing_files(tmp_path: Path, name: str) -> None:
     folder = write_set(tmp_path / "set", insightface_records(COUNTS), classes=4)
     (folder / name).unlink()
-    _fails(
-        folder, f"{name}: missing", {"train.idx": "python -m data index", "property": "classes,height"}.get(name, "")
-    )
+    _fails(folder, f"{name}: missing", {"property": "classes,height"}.get(name, ""))
     _fails(tmp_path / "nowhere", "nowhere/train.rec: missing")
 
 

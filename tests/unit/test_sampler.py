@@ -96,16 +96,36 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(n: int, per_ran
         ]
         assert {plan.steps_per_epoch for plan in plans} == {n // total}
         batches[world_size] = [
-            np.concatenate([plan.samples(epoch, step) for plan in plans]).tolist() for step in range(n // total)
+            np.concatenate([plan.samples(epoch, start) for plan in plans]).tolist() for start in plans[0].starts()
         ]
     assert batches[1] == batches[2] == batches[4]
     seen = [sample for batch in batches[1] for sample in batch]
     assert len(seen) == len(set(seen)) == n // total * total
 
 
+@pytest.mark.parametrize("per_rank", [7, None])
+def test_1_2_4_and_1_ranks_go_on_with_the_same_sequence(per_rank: int | None) -> None:
+    """With as many images a rank, so that the global batch changes; and with as many in all."""
+    n, start, seen = 1003, 0, []
+    for world_size, steps in ((1, 9), (2, 11), (4, 5), (1, 3)):
+        plans = [
+            BatchPlan(n, batch_size=per_rank or 28 // world_size, rank=rank, world_size=world_size, seed=4)
+            for rank in range(world_size)
+        ]
+        for begin in plans[0].starts(start)[:steps]:
+            seen += np.concatenate([plan.samples(2, begin) for plan in plans]).tolist()
+            start = begin + plans[0].global_batch
+        assert start == len(seen)
+    assert seen == EpochOrder(n, seed=4).samples(2, np.arange(len(seen))).tolist()
+    assert len(seen) == ((9 + 22 + 20 + 3) * 7 if per_rank else 28 * 28)
+
+
 def test_each_epoch_drops_another_tail() -> None:
     plan = BatchPlan(103, batch_size=10, rank=0, world_size=1, seed=0)
-    seen = [frozenset(np.concatenate([plan.samples(epoch, step) for step in range(10)]).tolist()) for epoch in range(6)]
+    seen = [
+        frozenset(np.concatenate([plan.samples(epoch, start) for start in plan.starts()]).tolist())
+        for epoch in range(6)
+    ]
     assert len(set(seen)) == 6
 
 
@@ -118,8 +138,10 @@ def test_refusals_say_what_to_do() -> None:
     with pytest.raises(DataError, match="at least one sample"):
         EpochOrder(0, seed=0)
     plan = BatchPlan(192, batch_size=10, rank=0, world_size=1, seed=0)
-    with pytest.raises(IndexError, match="expected 0 to 18"):
-        plan.samples(0, 19)
+    for start in (-1, 193):
+        with pytest.raises(DataError, match="expected to begin at 0 to 192 images"):
+            plan.starts(start)
+    assert list(plan.starts(183)) == []
 
 
 def test_flips_follow_the_sample_and_change_with_the_epoch() -> None:

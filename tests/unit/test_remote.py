@@ -1,0 +1,215 @@
+"""Sets in an object store, served by a real S3 server: the same as the local ones, and each byte is asked for once."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from data import blocks, remote
+from data.cache import Cache
+from data.errors import DataError
+from data.loader import build_loader
+from data.pack import write_records
+from data.records import RecordSet
+from tests.image_cases import jpeg
+from tests.record_files import image_record, insightface_records, write_set
+
+COUNTS = [30, 0, 20, 41]
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ThreadedMotoServer]:
+    made = ThreadedMotoServer(port=0, verbose=False)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def endpoint(server: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    host, port = server.get_host_and_port()
+    address = f"http://{host}:{port}"
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": address})
+    return address
+
+
+@pytest.fixture
+def bucket(endpoint: str, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """fsspec's file system and the name of an empty bucket."""
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    files, name = fsspec.filesystem("s3"), f"bucket{abs(hash(request.node.name))}"
+    files.mkdir(name)
+    yield files, name
+    files.rm(name, recursive=True)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (blocks, remote):
+        monkeypatch.setattr(module, "BLOCK", 512)
+    monkeypatch.setattr(blocks, "_PAUSE_S", 0.01)
+
+
+def _put(bucket: Any, folder: Path) -> str:
+    files, name = bucket
+    files.put(f"{folder}/", f"{name}/sets/{folder.name}/", recursive=True)
+    files.invalidate_cache()
+    return f"s3://{name}/sets/{folder.name}"
+
+
+def _same(far: RecordSet, near: RecordSet) -> None:
+    assert (far.num_samples, far.num_classes, far.layout) == (near.num_samples, near.num_classes, near.layout)
+    assert far.labels.tolist() == near.labels.tolist()
+    order = np.random.default_rng(0).permutation(near.num_samples).tolist()
+    for sample in order:
+        label, image = far.image(sample)
+        assert (label, bytes(image)) == (near.labels[sample], bytes(near.image(sample)[1]))
+
+
+@pytest.mark.parametrize("kind", ["insightface", "sequential", "parts", "no index"])
+def test_a_set_is_the_same_there_as_here(bucket: Any, tmp_path: Path, kind: str) -> None:
+    records = insightface_records(COUNTS)
+    if kind == "insightface":
+        folder = write_set(tmp_path / "set", records, classes=4)
+    else:
+        images = records[: sum(COUNTS)]
+        folder = write_set(tmp_path / "set", images, classes=4)
+    if kind == "no index":
+        (folder / "train.idx").unlink()
+    if kind == "parts":
+        for name in ("rec", "idx"):
+            (folder / f"train.{name}").rename(folder / f"train_1.{name}")
+        (folder / "train_2.rec").write_bytes((folder / "train_1.rec").read_bytes())
+        (folder / "train_2.idx").write_bytes((folder / "train_1.idx").read_bytes())
+    address, cache = _put(bucket, folder), Cache(tmp_path / "cache")
+    far = RecordSet.open(address, cache)
+    assert far.far
+    assert far.address == address
+    _same(far, RecordSet.open(folder, cache))
+    again = pickle.loads(pickle.dumps(far))
+    _same(again, RecordSet.open(folder, cache))
+    for each in (far, again):
+        each.close()
+
+
+def test_each_byte_is_asked_for_once(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_set(tmp_path / "set", insightface_records(COUNTS), classes=4)
+    address, cache = _put(bucket, folder), Cache(tmp_path / "cache")
+    asked = []
+    fetch = remote.Store.fetch
+
+    def counted(self: remote.Store, name: str, begin: int, end: int) -> bytes:
+        asked.append((name, begin, end))
+        return fetch(self, name, begin, end)
+
+    monkeypatch.setattr(remote.Store, "fetch", counted)
+    far = RecordSet.open(address, cache)
+    far.ahead(np.arange(far.num_samples))
+    _same(far, RecordSet.open(folder, cache))
+    far.close()
+    images = [(begin, end) for name, begin, end in asked if name == "train.rec" and end - begin == 512]
+    assert len(images) == len(set(images)) > 3
+    count = len(asked)
+    again = RecordSet.open(address, cache)
+    _same(again, RecordSet.open(folder, cache))
+    again.close()
+    assert len(asked) == count
+
+
+def test_a_file_that_was_replaced_is_another_file(bucket: Any, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    first = write_set(tmp_path / "set", [image_record(n, [n % 2], b"old") for n in range(9)], classes=2)
+    far = RecordSet.open(_put(bucket, first), cache)
+    assert bytes(far.image(3)[1]) == b"old"
+    far.close()
+    second = write_set(
+        tmp_path / "set", [image_record(n, [0, 1, 1][n % 3 : n % 3 + 1], b"new") for n in range(9)], classes=2
+    )
+    again = RecordSet.open(_put(bucket, second), cache)
+    assert bytes(again.image(3)[1]) == b"new"
+    assert again.labels.tolist() == [0, 1, 1] * 3
+    again.close()
+
+
+def test_what_is_wrong_is_said_in_one_line(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, name = bucket
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(DataError, match=rf"s3://{name}/nowhere: nothing is there: expected a folder with train.rec"):
+        RecordSet.open(f"s3://{name}/nowhere", cache)
+    folder = write_set(tmp_path / "set", [image_record(n, [0]) for n in range(99)], classes=1)
+    (folder / "property").rename(folder / "properties")
+    address = _put(bucket, folder)
+    with pytest.raises(DataError, match=r"set/property: missing: expected a first line"):
+        RecordSet.open(address, cache)
+    with pytest.raises(DataError, match=r"gone://here: expected a driver for it|gone://here: cannot"):
+        RecordSet.open("gone://here", cache)
+    (folder / "property").write_text("1,112,112\n")
+    far = RecordSet.open(_put(bucket, folder), Cache(tmp_path / "other"))
+    monkeypatch.setattr(remote.Store, "fetch", lambda *_: b"")
+    with pytest.raises(DataError, match=rf"{address}/train\.rec: bytes 512 … 1024 did not come in 4 tries"):
+        far.image(20)
+    far.close()
+
+
+@pytest.mark.parametrize("sampler", ["shuffle", "windows"])
+def test_loaders_give_the_same_batches(
+    bucket: Any, tmp_path: Path, sampler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (blocks, remote):
+        monkeypatch.setattr(module, "BLOCK", 1 << 14)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    images = ((n // 5, jpeg(n)) for n in range(60))
+    write_records(folder / "train.rec", folder / "train.idx", images, num_classes=12)
+    (folder / "property").write_text("12,112,112\n")
+    cache = Cache(tmp_path / "cache")
+    batches = []
+    for where in (folder, _put(bucket, folder)):
+        records = RecordSet.open(where, cache)
+        loader = build_loader(
+            records, batch_size=8, rank=0, world_size=1, seed=1, backend="cpu", device=torch.device("cpu"),
+            threads=2, prefetch=2, flip=True, sampler=sampler, window=1024,
+        )  # fmt: skip
+        batches.append(list(loader.epoch(0)))
+        records.close()
+    assert len(batches[0]) == len(batches[1]) == 7
+    for near, far in zip(*batches, strict=True):
+        assert near.sample_ids.equal(far.sample_ids)
+        assert near.labels.equal(far.labels)
+        assert near.images.equal(far.images)
+
+
+@pytest.mark.slow
+def test_training_from_a_store(bucket: Any, endpoint: str, tmp_path: Path) -> None:
+    """Records and the verification set come from there."""
+    cache = str(tmp_path / "cache")
+    environment = {**os.environ, **KEYS, "FSSPEC_S3_ENDPOINT_URL": endpoint, "CLUSTERFACE_CACHE": "/dev/null/unused"}
+    pack = "-m data pack synthetic --identities 8 --images-per-identity 6 --verification-identities 5 --pairs 10"
+    command = [sys.executable, *pack.split(), "--workers", "1", "--out", str(tmp_path / "set")]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    settings = (
+        f"data.path={_put(bucket, tmp_path / 'set')}", f"data.cache={cache}", f"train.output={tmp_path / 'run'}",
+        "data.sampler=windows", "model.backbone=small", "train.batch_size=16", "train.epochs=1", "train.log_steps=1",
+        "eval.sets=[verification.bin]", "clustering.enabled=false", "train.precision=fp32",
+    )  # fmt: skip
+    command = [sys.executable, "train_dist.py", *(part for setting in settings for part in ("--set", setting))]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "48 images of 8 identities" in done.stderr
+    assert (tmp_path / "run" / "backbone.pt").is_file()
+    assert len((tmp_path / "run" / "verification.jsonl").read_text().splitlines()) == 2
+    assert list((Path(cache) / "blocks").rglob("0*"))
