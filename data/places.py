@@ -16,6 +16,11 @@ Where = Path | str
 """A folder, or an address such as s3://bucket/folder."""
 
 
+def where(text: str) -> Where:
+    """Reads a path or an address, for command lines."""
+    return text if is_address(text) else Path(text)
+
+
 class Place(Protocol):
     """address: for messages."""
 

@@ -56,7 +56,6 @@ class RecordSet:
         blocks of what is far away; None: `Cache.default()`.
         """
         cache = Cache.default() if cache is None else cache
-        where = where if is_address(where) else Path(where)
         return cls(where, place_of(where, cache), cache)
 
     def __reduce__(self) -> tuple[object, tuple[Where, Cache]]:

@@ -20,6 +20,7 @@ from data.errors import DataError
 from data.files import appearing
 from data.header import EXACT
 from data.pack import write_records, write_sequence
+from data.places import Where
 from data.properties import Properties
 from data.records import RecordSet
 
@@ -131,9 +132,9 @@ def write_set(
     return count
 
 
-def refuse_source(out: Path, source: Path) -> None:
+def refuse_source(out: Path, source: Where) -> None:
     """Raise DataError where what is read would be written over."""
-    if out.resolve() == source.resolve():
+    if isinstance(source, Path) and out.resolve() == source.resolve():
         raise DataError(f"{out}: expected another folder than {source}, which is only read")
 
 

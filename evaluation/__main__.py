@@ -18,6 +18,7 @@ from configs.load import load_config
 from configs.schema import ConfigError, ModelConfig, TrainConfig
 from data.commands.arguments import Parser
 from data.errors import DataError
+from data.places import where
 from data.records import RecordSet
 from evaluation.embed_records import EmbedError, embed_records, load_backbone
 from sharding import shard_of
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     embed.add_argument("--weights", type=Path, metavar="FILE", help="backbone.pt")
     embed.add_argument("--backbone", choices=names(), help="without --run")
     embed.add_argument("--embedding-size", type=_whole, default=512, help="without --run; default 512")
-    embed.add_argument("--records", type=Path, required=True, metavar="FOLDER")
+    embed.add_argument("--records", type=where, required=True, metavar="FOLDER")
     embed.add_argument("--out", type=Path, required=True, metavar="FILE")
     embed.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default float16")
     embed.add_argument("--batch-size", type=_whole, default=128, help="images at a time, default 128")

@@ -23,6 +23,7 @@ from data.errors import DataError
 from data.files import appearing
 from data.header import EXACT
 from data.pack import write_records
+from data.places import Where, where
 from data.properties import Properties
 from data.records import RecordSet
 
@@ -47,7 +48,7 @@ def add(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("report", type=Path, metavar="REPORT", help="the folder that `report` wrote")
-    parser.add_argument("--records", type=Path, required=True, metavar="FOLDER", help="the set that was reported on")
+    parser.add_argument("--records", type=where, required=True, metavar="FOLDER", help="the set that was reported on")
     parser.add_argument("--out", type=Path, required=True, metavar="CLEANED", help="a folder for the cleaned set")
     for flag, about in (
         ("--relabel", "samples that look like another label (closed) go there"),
@@ -99,9 +100,11 @@ def _clean(args: argparse.Namespace) -> None:
     print(f"{args.out}: {planned.kept} images of {len(planned.origin_L)} identities")
 
 
-def _check_out(out: Path, records: Path, report: Path) -> None:
+def _check_out(out: Path, records: Where, report: Path) -> None:
     """Raise InputError where writing could touch the original set or the report."""
     for name, folder in (("--records", records), ("the report", report)):
+        if not isinstance(folder, Path):
+            continue
         one, other = out.resolve(), folder.resolve()
         if one == other or one in other.parents or other in one.parents:
             raise InputError(f"--out {out}: expected a folder apart from {name} ({folder}), got one inside the other")

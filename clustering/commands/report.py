@@ -24,6 +24,7 @@ from clustering.together import InputError
 from configs.schema import ConfigError, TrainConfig
 from data.errors import DataError
 from data.files import appearing
+from data.places import where
 from data.records import RecordSet
 from training.distributed import open_ranks
 
@@ -49,7 +50,7 @@ def add(subparsers: Any) -> None:
     about = "a .npy (N, D), or a folder of them: row i is sample i"
     parser.add_argument("embeddings", type=Path, metavar="EMBEDDINGS", help=about)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--records", type=Path, metavar="FOLDER", help="the record set: labels, pictures, names")
+    source.add_argument("--records", type=where, metavar="FOLDER", help="the record set: labels, pictures, names")
     source.add_argument("--labels", type=Path, metavar="FILE", help="labels alone, a .npy of whole numbers (N,)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--force", action="store_true", help="replace a report that is there")

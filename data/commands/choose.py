@@ -11,6 +11,7 @@ from rich.console import Console
 from data.choosing import merge, split, subset
 from data.commands.arguments import fraction, shown, whole
 from data.errors import DataError
+from data.places import Where, where
 from data.records import RecordSet
 from data.rewrite import Selection, names_of, names_text, refuse_existing, refuse_source, texts_of, write_set
 from data.shuffling import MEMORY, shuffled
@@ -33,7 +34,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "merge", help="several sets as one: their classes one behind the other, or the same as one"
     )
-    parser.add_argument("sets", type=Path, nargs="+", metavar="SET")
+    parser.add_argument("sets", type=where, nargs="+", metavar="SET")
     _out(parser, _merge)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--by-name", action="store_true", help="the same line in identities.txt is one class")
@@ -53,7 +54,7 @@ def _out(parser: argparse.ArgumentParser, run: Any) -> None:
 
 
 def _one(parser: argparse.ArgumentParser, run: Any) -> None:
-    parser.add_argument("set", type=Path, metavar="SET")
+    parser.add_argument("set", type=where, metavar="SET")
     parser.add_argument("--seed", type=whole(0), default=0, help="of what is drawn, default 0")
     _out(parser, run)
 
@@ -106,7 +107,7 @@ def _shuffle(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _open(folder: Path, *outs: Path) -> RecordSet:
+def _open(folder: Where, *outs: Path) -> RecordSet:
     for out in outs:
         refuse_source(out, folder)
     return RecordSet.open(folder)

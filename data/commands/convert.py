@@ -15,6 +15,7 @@ from rich.console import Console
 from data.commands.arguments import shown, whole
 from data.decode import declared_size
 from data.errors import DataError
+from data.places import Folder, is_address, where
 from data.records import RecordSet
 from data.rewrite import refuse_source, write_set
 from data.webdataset import SHARD_IMAGES, Shards, find_shards, write_shards
@@ -30,10 +31,10 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="a set to WebDataset shards, or shards to a set",
-        description="A folder with train.rec becomes tar files of <number>.jpg and <number>.cls; a folder of such "
-        "tar files becomes a record set.",
+        description="A folder with record files, or its address, becomes tar files of <number>.jpg and <number>.cls; a "
+        "folder of such tar files becomes a record set.",
     )
-    parser.add_argument("source", type=Path, metavar="FOLDER")
+    parser.add_argument("source", type=where, metavar="FOLDER")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     about = f"images of a shard, default {SHARD_IMAGES}"
     parser.add_argument("--shard-images", type=whole(1), default=SHARD_IMAGES, metavar="N", help=about)
@@ -46,7 +47,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     """0."""
     refuse_source(args.out, args.source)
-    if (args.source / "train.rec").is_file():
+    if is_address(args.source) or any(name.endswith(".rec") for name in Folder(args.source).names):
         _to_shards(args, console)
     else:
         _to_records(args, console)

@@ -17,6 +17,7 @@ from data.commands.arguments import whole
 from data.contact_sheet import Pixels, contact_sheet, write_png
 from data.decode import decode_image
 from data.errors import DataError
+from data.places import where
 from data.records import RecordSet
 from data.sources import IMAGE_SIZE
 from data.summary import facts_of, facts_of_pairs, first_images, first_pairs, histogram, lines
@@ -29,14 +30,14 @@ _BIN_SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 def add(commands: Any) -> None:
     """Register both commands."""
     parser = commands.add_parser("inspect", help="layout, counts and sizes of a set, or of a verification set (.bin)")
-    parser.add_argument("path", type=Path, metavar="SET", help="a folder with train.rec, or a .bin")
+    parser.add_argument("path", type=where, metavar="SET", help="a folder with train.rec, its address, or a .bin")
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--histogram", type=Path, metavar="PNG", help="how many identities have how many images")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="images of the first identities, or the first pairs")
     parser.set_defaults(run=_inspect)
 
     parser = commands.add_parser("preview", help="what the augmentations of a recipe make of some images")
-    parser.add_argument("folder", type=Path, metavar="SET")
+    parser.add_argument("folder", type=where, metavar="SET")
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe, one of configs/*.yaml")
     about = "change one setting, for example augment.blur=0.5; may be given many times"
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=about)
@@ -48,7 +49,7 @@ def add(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace, _: Console) -> int:
-    if args.path.suffix == ".bin":
+    if isinstance(args.path, Path) and args.path.suffix == ".bin":
         if args.histogram is not None:
             raise DataError("--histogram: expected a set with identities, a .bin has none")
         pairs = read_bin(args.path)

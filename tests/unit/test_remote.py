@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -17,6 +18,7 @@ import torch
 from moto.server import ThreadedMotoServer
 
 from data import blocks, remote
+from data.__main__ import main
 from data.cache import Cache
 from data.errors import DataError
 from data.loader import build_loader
@@ -213,3 +215,25 @@ def test_training_from_a_store(bucket: Any, endpoint: str, tmp_path: Path) -> No
     assert (tmp_path / "run" / "backbone.pt").is_file()
     assert len((tmp_path / "run" / "verification.jsonl").read_text().splitlines()) == 2
     assert list((Path(cache) / "blocks").rglob("0*"))
+
+
+def test_commands_take_addresses(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [(n // 3, jpeg(n)) for n in range(12)]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_records(folder / "train.rec", folder / "train.idx", images, num_classes=4)
+    (folder / "property").write_text("4,112,112\n")
+    (folder / "identities.txt").write_text("ada\nbert\ncleo\ndora\n")
+    monkeypatch.setenv("CLUSTERFACE_CACHE", str(tmp_path / "cache"))
+    address = _put(bucket, folder)
+    assert main(["inspect", address, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 12
+    assert main(["subset", address, "--out", str(tmp_path / "new"), "--identities", "2"]) == 0
+    made = RecordSet.open(tmp_path / "new")
+    assert made.num_samples == 6
+    names = (tmp_path / "new" / "identities.txt").read_text().split()
+    assert set(names) < {"ada", "bert", "cleo", "dora"}
+    assert main(["convert", address, "--out", str(tmp_path / "shards")]) == 0
+    assert (tmp_path / "shards" / "000000.tar").is_file()
