@@ -66,26 +66,68 @@ def write_hashes(folder: Path, *, threads: int, progress: Progress) -> dict[str,
 
 def check_hashes(folder: Path, *, threads: int, progress: Progress) -> list[Fault]:
     """What differs from `hashes.json`; empty: nothing. Raises DataError when that file is missing or damaged."""
-    content = _read(folder / NAME)
-    faults = []
-    for name, expected in content["files"].items():
-        path = folder / name
+    hashes = Hashes(folder)
+    return [fault for name in hashes.names for fault in hashes.check(name, threads=threads, progress=progress)]
+
+
+class Hashes:
+    """What `hashes.json` says of a set's files, to be compared with them. names: of these files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises DataError when that file is missing or damaged."""
+        self.folder = folder
+        self._content = _read(folder / NAME)
+        self.names: list[str] = list(self._content["files"])
+        self.block: int = self._content["block"]
+
+    def check(self, name: str, *, threads: int, progress: Progress) -> list[Fault]:
+        """What differs in one file, which is read. Raises DataError where `hashes.json` contradicts itself."""
+        path = self.folder / name
         if not path.is_file():
-            faults.append(Fault(file=name, what="missing"))
-            continue
-        found = _hash(path, content["block"], threads, progress)
+            return [Fault(file=name, what="missing")]
+        return self.compare(name, _hash(path, self.block, threads, progress))
+
+    def compare(self, name: str, found: dict[str, Any]) -> list[Fault]:
+        """What differs in one file, by its size and hashes. Raises DataError where `hashes.json` contradicts itself."""
+        expected, faults = self._content["files"][name], []
         if found["size"] != expected["size"]:
             faults.append(Fault(file=name, what=f"expected {expected['size']} bytes, found {found['size']}"))
-        block = content["block"]
         pairs = zip(expected["blocks"], found["blocks"], strict=False)
-        changed = [n for n, (old, new) in enumerate(pairs) if old != new]
+        changed = [n * self.block for n, (old, new) in enumerate(pairs) if old != new]
         faults += [
-            Fault(file=name, what="changed", begin=n * block, end=min((n + 1) * block, found["size"])) for n in changed
+            Fault(file=name, what="changed", begin=begin, end=min(begin + self.block, found["size"]))
+            for begin in changed
         ]
         same = found["sha256"] == expected["sha256"]
         if found["size"] == expected["size"] and same != (found["blocks"] == expected["blocks"]):
-            raise DataError(f"{folder / NAME}: hash and block hashes of {name} contradict each other: write it anew")
-    return faults
+            raise DataError(
+                f"{self.folder / NAME}: hash and block hashes of {name} contradict each other: write it anew"
+            )
+        return faults
+
+
+class Hasher:
+    """Hashes of a file that another reads from front to back: each block right before it does, so that the disk gives
+    it once.
+    """
+
+    def __init__(self, view: memoryview, block: int) -> None:
+        self._view = view
+        self._block = block
+        self._whole = hashlib.sha256()
+        self._digests: list[str] = []
+
+    def reach(self, offset: int) -> None:
+        """Hash the blocks up to the one that holds the byte at `offset`."""
+        while (begin := len(self._digests) * self._block) <= min(offset, len(self._view) - 1):
+            with self._view[begin : begin + self._block] as part:
+                self._whole.update(part)
+                self._digests.append(hashlib.sha256(part).hexdigest())
+
+    def finish(self) -> dict[str, Any]:
+        """Hash what is left: size, hash, and hashes of the blocks."""
+        self.reach(len(self._view))
+        return {"size": len(self._view), "sha256": self._whole.hexdigest(), "blocks": self._digests}
 
 
 @dataclass(slots=True)

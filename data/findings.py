@@ -19,6 +19,7 @@ KINDS = {
     "header": "headers and labels",
     "identity": "identity headers against the images",
     "image": "images that do not decode",
+    "hash": "hashes.json against the files",
 }
 """Kinds of findings, in the order in which they are told."""
 MOST = 10_000
@@ -33,13 +34,16 @@ class Finding:
     what: str
     file: str = "train.rec"
     offset: int | None = None
-    """Of the record, in bytes."""
+    """Of the record, in bytes; of a hash, where the bytes begin that are not the same."""
+    end: int | None = None
+    """Of a hash: where they end."""
     key: int | None = None
     """By the index."""
     label: int | None = None
 
     def line(self) -> str:
-        where = [f"byte {self.offset}"] if self.offset is not None else []
+        bytes_ = f"byte {self.offset}" if self.end is None else f"bytes {self.offset} … {self.end}"
+        where = [bytes_] if self.offset is not None else []
         where += [f"key {self.key}"] if self.key is not None else []
         where += [f"label {self.label}"] if self.label is not None else []
         return f"{self.kind}: {self.file}{''.join(f', {part}' for part in where)}: {self.what}"

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from data.checksums import NAME as HASHES
+from data.checksums import Fault, Hasher, Hashes
 from data.decode import DecodeError, check_image, declared_size
 from data.errors import DataError
 from data.findings import Finding, Findings, Ints, Verified
@@ -45,7 +47,10 @@ class _Chunk:
 
 
 def verify(folder: Path, *, threads: int, progress: Progress) -> Verified:
-    """Look at everything. Raises DataError when there is no record file, or it cannot be read."""
+    """Look at everything, by `hashes.json` too where there is one.
+
+    Raises DataError when there is no record file, or it cannot be read.
+    """
     findings = Findings()
     reader = RecordReader(folder / "train.rec")
     try:
@@ -58,7 +63,11 @@ def verify(folder: Path, *, threads: int, progress: Progress) -> Verified:
         if index is not None and not findings:
             _identities(folder, index, reader, images, findings)
         size = _size(reader, images.offset_N) if properties is None else properties.image_size
-        good_N = _decode(reader, images, size, threads, progress, findings)
+        hashes = _hashes(folder, findings)
+        hasher = Hasher(reader.view, hashes.block) if hashes is not None and reader.path.name in hashes.names else None
+        good_N = _decode(reader, images, size, threads, progress, findings, hasher)
+        if hashes is not None:
+            _compare(hashes, hasher, threads, findings)
         return Verified(
             folder=str(folder),
             bytes=reader.size,
@@ -172,12 +181,13 @@ def _identities(folder: Path, index: Index, reader: RecordReader, images: _Image
     try:
         RecordSet.open(folder).close()
         layout = find_layout(folder / "train.idx", index, reader)
-        range_N = labels_of_ranges(layout, reader)
+        by_ranges = labels_of_ranges(layout, reader)
     except DataError as error:
         findings.add(Finding(kind="identity", what=_without(error, folder / "train.rec")))
         return
-    if range_N is None:
+    if by_ranges is None or not by_ranges[1].all():
         return
+    range_N = by_ranges[0]
     label_N = images.label_N  # both in file order
     if len(range_N) != len(label_N):
         what = f"expected images at {len(range_N)} keys, found {len(label_N)} with a class and bytes behind the header"
@@ -212,8 +222,9 @@ def _decode(
     threads: int,
     progress: Progress,
     findings: Findings,
+    hasher: Hasher | None,
 ) -> npt.NDArray[np.bool_]:
-    """Which images decode; of the others is told why not."""
+    """Which images decode; of the others is told why not. hasher: is led along the file, ahead of the images."""
     count = len(images.offset_N)
     good_N = np.ones(count, np.bool_)
 
@@ -224,8 +235,13 @@ def _decode(
             except DecodeError as error:
                 chunk.bad[number] = str(error)
 
-    chunks = (_Chunk(start) for start in range(0, count, _AT_ONCE))
-    for chunk in prefetch(chunks, look, rows=_AT_ONCE, threads=threads, ahead=4 * threads):
+    def chunks() -> Iterator[_Chunk]:
+        for start in range(0, count, _AT_ONCE):
+            if hasher is not None:
+                hasher.reach(int(images.offset_N[min(start + _AT_ONCE, count) - 1]))
+            yield _Chunk(start)
+
+    for chunk in prefetch(chunks(), look, rows=_AT_ONCE, threads=threads, ahead=4 * threads):
         progress("images", min(chunk.start + _AT_ONCE, count), count)
         for number, reason in sorted(chunk.bad.items()):
             good_N[number] = False
@@ -233,3 +249,31 @@ def _decode(
             listed = None if key < 0 else key
             findings.add(Finding(kind="image", offset=offset, key=listed, label=label, what=reason))
     return good_N
+
+
+def _hashes(folder: Path, findings: Findings) -> Hashes | None:
+    """None where there are none, or what is there cannot be used, which is a finding."""
+    path = folder / HASHES
+    if not path.exists():
+        return None
+    try:
+        return Hashes(folder)
+    except DataError as error:
+        findings.add(Finding(kind="hash", file=path.name, what=_without(error, path)))
+        return None
+
+
+def _compare(hashes: Hashes, hasher: Hasher | None, threads: int, findings: Findings) -> None:
+    """Every file of `hashes.json`; the records by `hasher`, which has nearly all of them."""
+    for name in hashes.names:
+        try:
+            faults: list[Fault] = (
+                hashes.check(name, threads=threads, progress=lambda _: None)
+                if hasher is None or name != "train.rec"
+                else hashes.compare(name, hasher.finish())
+            )
+        except DataError as error:
+            faults = [Fault(file=HASHES, what=_without(error, hashes.folder / HASHES))]
+        for fault in faults:
+            what = f"{fault.what}: {HASHES} says otherwise" if fault.what == "changed" else fault.what
+            findings.add(Finding(kind="hash", file=fault.file, offset=fault.begin, end=fault.end, what=what))

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from data.checksums import NAME
 from data.commands.arguments import CORES, progress_on, shown, whole
 from data.errors import DataError
 from data.findings import KINDS, MOST, Verified
@@ -29,7 +30,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="look at every record of a set: structure, header, label, image, index",
-        description="Looks at every record: structure, header, label, image, and whether index and property fit them. "
+        description="Looks at every record: structure, header, label, image, and whether index and property fit them; "
+        f"and compares the files with {NAME} where that lies beside them. "
         "Exit code 0: nothing is wrong; 1: something is; 2: it could not be looked at.",
     )
     parser.add_argument("folder", type=Path)

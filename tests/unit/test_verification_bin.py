@@ -125,7 +125,8 @@ def test_crafted_arrays_are_refused(tmp_path: Path, content: bytes) -> None:
         ((IMAGES[:3], [True]), "found 3 images and 1 pairs"),
         (([], []), "found 0 images and 0 pairs"),
         ((IMAGES, SAME, 1), "expected a pair"),
-        ({"a": 1}, "expected a pair"),
+        ({"a": 1}, "a dict or a set"),
+        ("text", "expected a pair"),
         ((IMAGES, "no"), "expected a list of same"),
         (([*IMAGES[:3], b""], SAME), "image 3: expected encoded bytes"),
         (([*IMAGES[:3], "text"], SAME), "image 3: expected encoded bytes"),
@@ -169,3 +170,27 @@ def test_huge_claims_allocate_nothing(tmp_path: Path) -> None:
     (tmp_path / "set.bin").write_bytes(b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b"x.")
     with pytest.raises(DataError):
         read_bin(tmp_path / "set.bin")
+
+
+_DEEP = b")" + b"\x85" * 2_000_000
+_NUMBER = b"\x8b" + struct.pack("<i", 3_000_000) + b"\x01" * 3_000_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04Nr" + struct.pack("<I", (1 << 32) - 1) + b".",  # 64 GB for the places of the memo
+        b"\x80\x04}" + _DEEP + b"Ns.",  # hashing crashes the process
+        b"\x80\x04\x8f(" + _DEEP + b"\x90.",
+        b"\x80\x05\x96" + struct.pack("<Q", 1 << 36) + b"N.",
+        b"cnumpy.core.numeric\n_frombuffer\n(C\x011cnumpy\ndtype\n(S'u1'\ntR("
+        + _NUMBER * 3
+        + b"tS'C'\ntR.",  # for hours
+    ],
+    ids=["memo", "dict", "set", "bytearray", "shape"],
+)
+def test_small_files_take_no_memory_no_time_and_no_process(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "set.bin"
+    path.write_bytes(content)
+    with pytest.raises(DataError):
+        read_bin(path)

@@ -175,7 +175,7 @@ def test_a_record_between_damaged_ones_is_kept(tmp_path: Path) -> None:
 def test_an_empty_record_in_place_of_an_image_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.records._SPREAD", 1)
+    monkeypatch.setattr("data.record_files.SPREAD", 1)
     records = _records()
     records[4] = image_record(5, [1, 2], b"")
     code, found = _verify(write_set(tmp_path, records, classes=4), capsys)
