@@ -24,7 +24,7 @@ class Batch:
 
 
 class ImageSource(Protocol):
-    """The part of `data.records.RecordSet` that loaders use; `image` is called from several threads at once."""
+    """The part of `data.records.RecordSet` that loaders use; it is read from several threads at once."""
 
     @property
     def num_samples(self) -> int: ...
@@ -45,6 +45,9 @@ class ImageSource(Protocol):
 
     def image(self, sample: int) -> tuple[int, memoryview]:
         """(label, encoded image); a DataError or RecordError ends the epoch, see `data.base_loader`."""
+
+    def image_batch(self, samples: npt.NDArray[np.int64]) -> list[tuple[int, memoryview]]:
+        """The same of several."""
 
 
 class Loader(Protocol):

@@ -61,12 +61,12 @@ class CpuLoader(RecordLoader):
                 yield self._finish(draft, draft.patched())
 
     def _decode(self, draft: _PixelDraft, rows: range) -> None:
-        for row in rows:
-            label, encoded = self._records.image(int(draft.samples_B[row]))
+        size, images = self._records.image_size, self._records.image_batch(draft.samples_B[rows.start : rows.stop])
+        for row, (label, encoded) in zip(rows, images, strict=True):
             draft.labels_B[row] = label
             pixels = draft.pixels_BHW3[row]
             try:
-                decode_image(encoded, self._records.image_size, out=pixels)
+                decode_image(encoded, size, out=pixels)
             except DecodeError as error:
                 draft.faults[row] = str(error)
                 continue

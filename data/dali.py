@@ -157,8 +157,8 @@ class DaliLoader(RecordLoader):
                 raise feed.failure
 
     def _check(self, draft: _EncodedDraft, rows: range) -> None:
-        for row in rows:
-            label, draft.encoded_B[row] = self._records.image(int(draft.samples_B[row]))
+        images = self._records.image_batch(draft.samples_B[rows.start : rows.stop])
+        for row, (label, draft.encoded_B[row]) in zip(rows, images, strict=True):
             draft.labels_B[row] = label
             try:
                 check_image(draft.encoded_B[row], self._records.image_size)

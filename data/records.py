@@ -74,6 +74,10 @@ class RecordSet:
         """
         return self._samples.image(sample)
 
+    def image_batch(self, samples: npt.NDArray[np.int64]) -> list[tuple[int, memoryview]]:
+        """`image` of each of some samples (n,), in less time. Raises at the first that `image` raises at."""
+        return self._samples.image_batch(samples)
+
     @property
     def far(self) -> bool:
         """Whether the set is in an object store."""

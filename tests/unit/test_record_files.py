@@ -14,7 +14,7 @@ from data.cache import Cache, default_folder
 from data.errors import DataError
 from data.places import Folder
 from data.places import record_files as names_of_files
-from data.recordio import RecordError
+from data.recordio import MAGIC_BYTES, RecordError
 from data.records import RecordSet
 from tests.record_files import image_record, insightface_records, write_set
 
@@ -142,3 +142,25 @@ def test_a_cache_that_cannot_be_written_is_none(tmp_path: Path, monkeypatch: pyt
     monkeypatch.delenv("CLUSTERFACE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/there")
     assert default_folder() == Path("/there/clusterface")
+
+
+def test_images_of_several_samples_are_those_of_each(tmp_path: Path) -> None:
+    plain = [image_record(n, [n % 3], f"image {n}".encode()) for n in range(9)]
+    odd = [image_record(9, [0], b"image 9" + MAGIC_BYTES * 2), image_record(10, [1, 0.5], b"image 10")]
+    for number, records in enumerate((plain, plain + odd)):
+        opened = RecordSet.open(write_set(tmp_path / str(number), records, classes=3))
+        samples = np.random.default_rng(0).integers(0, opened.num_samples, 40)
+        expected = [opened.image(sample) for sample in samples.tolist()]
+        found = opened.image_batch(samples)
+        assert [(label, bytes(image)) for label, image in found] == [(label, bytes(image)) for label, image in expected]
+        assert opened.image_batch(samples[:0]) == []
+        opened.close()
+    opened = RecordSet.open(write_set(tmp_path / "cut", plain, classes=3))
+    with (tmp_path / "cut" / "train.rec").open("r+b") as file:
+        file.seek(2 * 40 + 4)
+        file.write((1 << 20).to_bytes(4, "little"))  # longer than the file
+    with pytest.raises(RecordError, match=r"byte 80: expected .* bytes of payload"):
+        opened.image_batch(np.array([0, 2]))
+    in_parts = RecordSet.open(_parts(tmp_path / "parts"))
+    found = in_parts.image_batch(np.array([5, 0, 3]))
+    assert [(label, bytes(image)) for label, image in found] == [(0, b"image 5"), (0, b"image 0"), (1, b"image 3")]
