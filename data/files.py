@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all; files found, and read in parts."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,3 +37,42 @@ def appearing(paths: Sequence[Path]) -> Iterator[list[Path]]:
         for name in partial:
             if name.exists():
                 name.unlink()
+
+
+def find_all(places: Sequence[Path], suffix: str) -> list[Path]:
+    """Files as they are named, and in their place the files of a folder that end with `suffix`, sorted.
+
+    Raises DataError where there is none.
+    """
+    found: list[Path] = []
+    for place in places:
+        of_it = [place]
+        try:
+            if place.is_dir():
+                of_it = sorted(path for path in place.iterdir() if path.name.endswith(suffix))
+        except OSError as error:
+            raise DataError(f"{place}: cannot read it ({error.strerror})") from None
+        if not of_it or not of_it[0].is_file():
+            raise DataError(f"{place}: expected a {suffix} file, or a folder of some, found none")
+        found += of_it
+    return found
+
+
+def identified(paths: Sequence[Path]) -> list[str]:
+    """Each file by its path, size and time, to see that it is still the same."""
+    stats = [path.stat() for path in paths]
+    return [f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in zip(paths, stats, strict=True)]
+
+
+def read_spans(paths: Sequence[Path], spans: Iterable[Sequence[int]]) -> Iterator[bytes]:
+    """What some files hold at (number of the file, byte offset, bytes)."""
+    number, file = -1, io.BytesIO()
+    try:
+        for place, offset, size in spans:
+            if place != number:
+                file.close()
+                number, file = place, paths[place].open("rb")  # type: ignore[assignment]
+            file.seek(offset)
+            yield file.read(size)
+    finally:
+        file.close()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +50,7 @@ class Encoder:
             self._pool.shutdown(cancel_futures=True)
 
     def encode(self, source: Source, wanted: Rows) -> Iterator[Encoded]:
-        """Encoded images of the rows (identity, image number) of `wanted` (N, 2), in that order."""
+        """Encoded images of the rows of `wanted` (N, what the source goes by), in that order."""
         chunks = (wanted[start : start + _CHUNK] for start in range(0, len(wanted), _CHUNK))
         if self._pool is None:
             for chunk in chunks:
@@ -76,10 +79,56 @@ def _start_worker(sources: tuple[Source, ...]) -> None:
     global _sources  # noqa: PLW0603
     _sources = sources
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot end its workers."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _encode(number: int, wanted: Rows) -> list[Encoded]:
     return _sources[number].encode(wanted)
+
+
+class SetWriter:
+    """Writes images at keys 1..N and the identity headers behind them to an open record file and its index."""
+
+    def __init__(self, writer: RecordWriter, index: TextIO, num_classes: int, counts: Rows | None = None) -> None:
+        """counts (num_classes,): images of each class that are there already, to go on behind them."""
+        self._writer = writer
+        self._index = index
+        self._counts = np.zeros(num_classes, np.int64) if counts is None else counts
+        self._pair = num_classes > EXACT
+        self.count = int(self._counts.sum())
+        self._previous = int(np.flatnonzero(self._counts)[-1]) if self.count else 0
+
+    def write(self, label: int, image: bytes) -> None:
+        """Append an image; labels ascend. Raises DataError."""
+        if not self._previous <= label < len(self._counts):
+            raise DataError(
+                f"{self._writer.path}: expected labels ascending from {self._previous} to {len(self._counts) - 1}, got "
+                f"{label}"
+            )
+        self._previous = label
+        self._counts[label] += 1
+        self.count += 1
+        header = Header(2 if self._pair else 0, class_labels(label, pair=self._pair), self.count, 0)
+        self._write(self.count, header, image)
+
+    def write_headers(self) -> None:
+        """Append the identity headers, an empty range for classes without images, and key 0."""
+        first = self.count + 1
+        ends = 1 + np.cumsum(self._counts)
+        for key, (count, end) in enumerate(zip(self._counts.tolist(), ends.tolist(), strict=True), start=first):
+            self._write(key, Header(2, (float(end - count), float(end)), key, 0), b"")
+        self._write(0, Header(2, (float(first), float(first + len(ends))), 0, 0), b"")
+
+    def _write(self, key: int, header: Header, image: bytes) -> None:
+        self._index.write(f"{key}\t{self._writer.write(pack(header, image))}\n")
 
 
 def write_records(rec: Path, idx: Path, images: Iterable[tuple[int, bytes]], *, num_classes: int) -> int:
@@ -88,25 +137,12 @@ def write_records(rec: Path, idx: Path, images: Iterable[tuple[int, bytes]], *, 
     images: (label, encoded image), labels ascending, so that the keys of each class are one range. Classes without
     images get an empty range. Labels are stored as pairs when num_classes is above 2^24. Raises DataError.
     """
-    pair = num_classes > EXACT
-    counts = np.zeros(num_classes, np.int64)
     with RecordWriter(rec) as writer, idx.open("w", encoding="ascii") as index:
-
-        def write(key: int, header: Header, image: bytes) -> None:
-            index.write(f"{key}\t{writer.write(pack(header, image))}\n")
-
-        key, previous = 0, 0
-        for key, (label, image) in enumerate(images, start=1):
-            if not previous <= label < num_classes:
-                raise DataError(f"{rec}: expected labels ascending from {previous} to {num_classes - 1}, got {label}")
-            previous = label
-            counts[label] += 1
-            write(key, Header(2 if pair else 0, class_labels(label, pair=pair), key, 0), image)
-        ends = 1 + np.cumsum(counts)
-        for label, (count, end) in enumerate(zip(counts.tolist(), ends.tolist(), strict=True)):
-            write(key + 1 + label, Header(2, (float(end - count), float(end)), key + 1 + label, 0), b"")
-        write(0, Header(2, (float(key + 1), float(key + 1 + num_classes)), 0, 0), b"")
-    return key
+        records = SetWriter(writer, index, num_classes)
+        for label, image in images:
+            records.write(label, image)
+        records.write_headers()
+    return records.count
 
 
 def write_sequence(rec: Path, idx: Path, images: Iterable[tuple[int, bytes]], *, num_classes: int) -> int:
@@ -123,17 +159,6 @@ def write_sequence(rec: Path, idx: Path, images: Iterable[tuple[int, bytes]], *,
             header = Header(2 if pair else 0, class_labels(label, pair=pair), count - 1, 0)
             index.write(f"{count - 1}\t{writer.write(pack(header, image))}\n")
     return count
-
-
-def labelled(
-    encoder: Encoder, source: Source, wanted: Rows, labels: Rows, on_bad: Callable[[DataError], None]
-) -> Iterator[tuple[int, bytes]]:
-    """(label, encoded image) of each row of `wanted`; what cannot be encoded goes to `on_bad`, which may raise."""
-    for label, image in zip(labels.tolist(), encoder.encode(source, wanted), strict=True):
-        if isinstance(image, DataError):
-            on_bad(image)
-        else:
-            yield label, image
 
 
 def encode_all(encoder: Encoder, source: Source, wanted: Rows) -> Iterator[bytes]:

@@ -1,10 +1,10 @@
-"""What can be packed: synthetic faces, or a folder of images with a subfolder for each identity."""
+"""What is packed: synthetic faces, or a folder of images with a subfolder for each identity; how images are encoded."""
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,13 +29,17 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class Source(Protocol):
-    """Images of identities, encoded on demand and in any process. `images[i]` is how many identity i has."""
-
-    @property
-    def images(self) -> Sequence[int]: ...
+    """Images that are encoded on demand and in any process."""
 
     def encode(self, wanted: npt.NDArray[np.int64]) -> list[bytes | DataError]:
-        """Encoded 112x112 images of the rows (identity, image number) of `wanted`, or why one cannot be had."""
+        """Encoded 112x112 images of the rows of `wanted`, or why one cannot be had.
+
+        What a row says is up to the source; here it is (identity, image number). Raises DataError where it makes no
+        sense to go on.
+        """
+
+    def listing(self) -> Iterator[str]:
+        """What it reads, by which a job that goes on is told from another one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +64,9 @@ class SyntheticSource:
             difficulty_spread=self.difficulty_spread,
         )
         return [faces.jpeg(identity, image) for identity, image in wanted.tolist()]
+
+    def listing(self) -> Iterator[str]:
+        yield repr(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,22 +107,13 @@ class FolderSource:
     def encode(self, wanted: npt.NDArray[np.int64]) -> list[bytes | DataError]:
         return [self._encode_one(identity, image) for identity, image in wanted.tolist()]
 
-    def select(self, identities: Sequence[int]) -> FolderSource:
-        """Some of the identities, numbered in the order given."""
-        return FolderSource(
-            folder=self.folder,
-            names=tuple(self.names[identity] for identity in identities),
-            files=tuple(self.files[identity] for identity in identities),
-        )
+    def listing(self) -> Iterator[str]:
+        yield str(self.folder.absolute())
+        for name, files in zip(self.names, self.files, strict=True):
+            yield "/".join((name, *files))
 
     def _encode_one(self, identity: int, image: int) -> bytes | DataError:
-        path = self.folder / self.names[identity] / self.files[identity][image]
-        try:
-            return encode_image(path.read_bytes())
-        except OSError as error:
-            return DataError(f"{path}: cannot read it ({error.strerror})")
-        except ValueError as error:
-            return DataError(f"{path}: {error}")
+        return encode_file(self.folder / self.names[identity] / self.files[identity][image])
 
 
 def _is_utf8(name: str) -> bool:
@@ -129,6 +127,16 @@ def _is_utf8(name: str) -> bool:
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+
+
+def encode_file(path: Path) -> bytes | DataError:
+    """The image file as `encode_image` makes it, or why it cannot be had."""
+    try:
+        return encode_image(path.read_bytes())
+    except OSError as error:
+        return DataError(f"{path}: cannot read it ({error.strerror})")
+    except ValueError as error:
+        return DataError(f"{path}: {error}")
 
 
 def encode_image(content: bytes) -> bytes:

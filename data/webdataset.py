@@ -10,12 +10,16 @@ import re
 import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from data.errors import DataError
+from data.files import read_spans
+from data.sources import encode_image
 
 SHARD_IMAGES = 10_000
 _SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png"}
@@ -64,23 +68,39 @@ class Shards:
             for offset, size, label in _samples(path):
                 for values, value in zip(rows.values(), (number, offset, size, label), strict=True):
                     values.append(value)
-        self._shard_N, self._offset_N, self._size_N, self.labels = (np.array(row, np.int64) for row in rows.values())
+        *rows_3N, self.labels = (np.array(row, np.int64) for row in rows.values())
+        self.rows = np.stack(rows_3N, axis=1)
+        """Shard, byte offset and bytes of each image: int64 (N, 3)."""
         if not len(self.labels):
             raise DataError(f"{paths[0].parent}: the tar files hold no images with a .cls")
 
     def images(self, samples: Iterable[int]) -> Iterator[bytes]:
         """Encoded images of some samples, in that order."""
-        number, file = -1, io.BytesIO()
+        return read_spans(self.paths, (self.rows[sample].tolist() for sample in samples))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSource:
+    """The images of shards; rows as those of `Shards`. identity: of the files."""
+
+    paths: Sequence[Path]
+    identity: Sequence[str]
+
+    def encode(self, wanted: npt.NDArray[np.int64]) -> list[bytes | DataError]:
+        """Raises DataError when a shard is no longer there."""
+        encoded: list[bytes | DataError] = []
         try:
-            for sample in samples:
-                if self._shard_N[sample] != number:
-                    file.close()
-                    number = int(self._shard_N[sample])
-                    file = self.paths[number].open("rb")  # type: ignore[assignment]
-                file.seek(int(self._offset_N[sample]))
-                yield file.read(int(self._size_N[sample]))
-        finally:
-            file.close()
+            for row, content in zip(wanted.tolist(), read_spans(self.paths, wanted.tolist()), strict=True):
+                try:
+                    encoded.append(encode_image(content))
+                except ValueError as error:
+                    encoded.append(DataError(f"{self.paths[row[0]]}: the image at byte {row[1]}: {error}"))
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot read it ({error.strerror})") from None
+        return encoded
+
+    def listing(self) -> Iterator[str]:
+        yield from self.identity
 
 
 def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
@@ -89,12 +109,15 @@ def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
     classes: dict[str, int] = {}
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+            end = file.seek(0, io.SEEK_END)
             for member in tar:
                 key, dot, suffix = member.name.rpartition("/")[2].partition(".")
                 if not member.isfile() or not dot:
                     continue
                 key = member.name[: len(member.name) - len(suffix) - 1]
                 if suffix.lower() in ("jpg", "jpeg", "png"):
+                    if member.offset_data + member.size > end:
+                        raise DataError(f"{path}: {member.name}: ends behind the file: it was cut, copy it again")
                     images[key] = (member.offset_data, member.size)
                 elif suffix.lower() == "cls":
                     file.seek(member.offset_data)
