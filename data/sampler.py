@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -92,9 +93,9 @@ class BatchPlan:
             raise DataError(f"expected to begin at 0 to {self.order.num_positions} images of the epoch, got {start}")
         return range(start, self.order.num_positions - self.global_batch + 1, self.global_batch)
 
-    def samples(self, epoch: int, start: int) -> Int64s:
-        """Sample ids of this rank in the step that begins at the position `start`, int64 (B,)."""
-        return self.order.samples(epoch, self._slice_B + start)
+    def samples(self, epoch: int, start: int | Sequence[int]) -> Int64s:
+        """Sample ids of this rank in the step that begins at the position `start`, int64 (B,); of several, (S, B)."""
+        return self.order.samples(epoch, self._slice_B + np.asarray(start)[..., None])
 
     def coming(self, epoch: int, start: int) -> Int64s:
         """What any rank may read soon after that: see `Order`."""
