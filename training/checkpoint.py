@@ -165,7 +165,7 @@ def check_same_checkpoint(path: Path | None, ranks: Ranks) -> None:
 _FREE_TO_CHANGE = {
     "train": {"output", "resume", "stop_after_steps", "log_steps", "histogram_steps", "checkpoint_steps",
               "keep_checkpoints", "cpu_threads"},
-    "data": {"path", "backend", "threads", "prefetch", "max_bad_images"},
+    "data": {"path", "cache", "cache_gb", "backend", "threads", "prefetch", "max_bad_images"},
     "eval": {"sets", "every_epochs", "batch_size"},
     "head": {"impl"},
     "clustering": {"step_budget", "block"},
