@@ -6,6 +6,7 @@ MiB: so damage is told by place, and only as much need be copied again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.files import appearing
+from data.places import Folder, index_of, record_files
 from data.prefetch import prefetch
 
 NAME = "hashes.json"
@@ -23,7 +25,7 @@ _MOST_THREADS = 4
 """The whole file's hash is made by one thread: more would wait for it, with a block each."""
 _MOST_BLOCK = 1 << 30  # as much is held for each thread
 _VERSION = 1
-_FILES = ("train.rec", "train.idx", "property", "identities.txt", "labels.csv")
+_FILES = ("property", "identities.txt", "labels.csv")
 _SUFFIXES = (".bin",)
 Progress = Callable[[int], None]
 """Called with the number of bytes just read."""
@@ -44,15 +46,23 @@ class Fault:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Files of a set that are hashed, sorted by name. Raises DataError when there is none."""
-    found = (
-        [path for path in sorted(folder.iterdir()) if path.name in _FILES or path.suffix in _SUFFIXES]
-        if (folder.is_dir())
-        else []
-    )
+    """Files of a set that are hashed, sorted by name: all its record files and their indexes among them.
+
+    Raises DataError when there is none.
+    """
+    records = _record_files(folder)
+    names = {*records, *map(index_of, records), *_FILES}
+    found = [folder / name for name in sorted(Folder(folder).names) if name in names or Path(name).suffix in _SUFFIXES]
     if not found:
-        raise DataError(f"{folder}: expected a set, found none of {', '.join(_FILES)} and no .bin")
+        raise DataError(f"{folder}: expected a set, found no .rec, no .bin and none of {', '.join(_FILES)}")
     return found
+
+
+def _record_files(folder: Path) -> list[str]:
+    """Of the set, if there is one: a folder of verification sets has none."""
+    with contextlib.suppress(DataError):
+        return record_files(Folder(folder))
+    return []
 
 
 def write_hashes(folder: Path, *, threads: int, progress: Progress) -> dict[str, Any]:
@@ -67,7 +77,8 @@ def write_hashes(folder: Path, *, threads: int, progress: Progress) -> dict[str,
 def check_hashes(folder: Path, *, threads: int, progress: Progress) -> list[Fault]:
     """What differs from `hashes.json`; empty: nothing. Raises DataError when that file is missing or damaged."""
     hashes = Hashes(folder)
-    return [fault for name in hashes.names for fault in hashes.check(name, threads=threads, progress=progress)]
+    faults = [fault for name in hashes.names for fault in hashes.check(name, threads=threads, progress=progress)]
+    return faults + hashes.unnamed()
 
 
 class Hashes:
@@ -79,6 +90,11 @@ class Hashes:
         self._content = _read(folder / NAME)
         self.names: list[str] = list(self._content["files"])
         self.block: int = self._content["block"]
+
+    def unnamed(self) -> list[Fault]:
+        """Record files of the set that `hashes.json` does not name."""
+        what = f"expected its hash in {NAME}, found none: write it anew with `python -m data hash {self.folder}`"
+        return [Fault(file=name, what=what) for name in _record_files(self.folder) if name not in self.names]
 
     def check(self, name: str, *, threads: int, progress: Progress) -> list[Fault]:
         """What differs in one file, which is read. Raises DataError where `hashes.json` contradicts itself."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data.errors import DataError
+from data.places import natural
 from data.properties import Properties
+from data.recordio import RecordError
 
 Ints = npt.NDArray[np.int64]
 KINDS = {
@@ -32,7 +37,7 @@ class Finding:
 
     kind: str
     what: str
-    file: str = "train.rec"
+    file: str
     offset: int | None = None
     """Of the record, in bytes; of a hash, where the bytes begin that are not the same."""
     end: int | None = None
@@ -47,6 +52,14 @@ class Finding:
         where += [f"key {self.key}"] if self.key is not None else []
         where += [f"label {self.label}"] if self.label is not None else []
         return f"{self.kind}: {self.file}{''.join(f', {part}' for part in where)}: {self.what}"
+
+    @classmethod
+    def of_error(cls, kind: str, error: DataError, folder: Path) -> Finding:
+        """What an error about a file of the set says: `<folder>/<file>: …`."""
+        file, _, what = str(error).replace(f"{folder}{os.sep}", "").partition(": ")
+        if isinstance(error, RecordError):
+            return cls(kind=kind, file=file, offset=error.offset, what=what.removeprefix(f"byte {error.offset}: "))
+        return cls(kind=kind, file=file, what=what)
 
 
 class Findings:
@@ -70,9 +83,13 @@ class Findings:
         return {kind: self._counted[kind] for kind in KINDS if self._counted[kind]}
 
     def listed(self) -> list[Finding]:
-        """Those kept, by kind and place."""
+        """Those kept, by kind and place: of a record file and its index together, in the order of the set."""
         order = list(KINDS)
-        return sorted(self._kept, key=lambda finding: (order.index(finding.kind), finding.offset or 0))
+
+        def place(finding: Finding) -> tuple[int, list[tuple[int, str]], int]:
+            return order.index(finding.kind), natural(f"{Path(finding.file).stem}.rec"), finding.offset or 0
+
+        return sorted(self._kept, key=place)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +97,10 @@ class Verified:
     """What was looked at, and what was found."""
 
     folder: str
+    record_files: list[str]
+    """In the order of the set."""
+    without_index: list[str]
+    """Those that are scanned when the set is opened."""
     bytes: int
     images: int
     """Records with an image and a class, whether it decodes or not."""
@@ -87,15 +108,16 @@ class Verified:
     labels: int
     """Distinct ones."""
     findings: Findings
-    good: tuple[Ints, Ints]
-    """Labels and offsets of the images that are well, in file order."""
+    good: tuple[Ints, Ints, Ints]
+    """Labels, numbers of the record files and offsets of the images that are well, in the order of the set."""
     properties: Properties | None
     size: tuple[int, int] | None
     """Of the images, (height, width): by property, or of the first image; None: there is none."""
 
     def as_json(self) -> dict[str, Any]:
         """For machines: all but the good images."""
-        numbers = {name: getattr(self, name) for name in ("folder", "bytes", "images", "identity_headers", "labels")}
+        names = ("folder", "record_files", "without_index", "bytes", "images", "identity_headers", "labels")
+        numbers = {name: getattr(self, name) for name in names}
         listed = [{k: v for k, v in asdict(finding).items() if v is not None} for finding in self.findings.listed()]
         counts = self.findings.counts
         return {**numbers, "ok": not counts, "counts": counts, "findings": listed}

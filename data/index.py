@@ -106,9 +106,9 @@ def rebuild(
 ) -> Rebuilt:
     """Find the records by a scan and number them as the builders do.
 
-    With identity headers behind the images and the record of key 0 last (insightface): keys 1, 2, … in file order,
-    then 0. Without any: keys 0, 1, …. images_only: leave identity headers out and end at a cut instead of raising.
-    progress: called now and then with the byte offset reached.
+    With identity headers behind the images (insightface): keys 1, 2, … in file order but for key 0, the record behind
+    all of the headers or, as face2rec2 writes it, before them. Without any: keys 0, 1, …. images_only: leave identity
+    headers out and end at a cut instead of raising. progress: called now and then with the byte offset reached.
 
     Raises RecordError when the file is damaged, or cut and not images_only.
     """
@@ -134,26 +134,32 @@ def rebuild(
         offsets = offsets[~heads.is_identity]
         index = Index(np.arange(len(offsets), dtype=np.int64), offsets)
         return Rebuilt(index=index, images=len(offsets), identities=0, cut=cut)
-    _check_key_0(reader, offsets, heads)
-    keys = np.arange(1, len(offsets) + 1, dtype=np.int64)
-    keys[-1] = 0
     images = len(offsets) - identities
+    at = _key_0(reader, offsets, heads)
+    keys = np.insert(np.arange(1, len(offsets), dtype=np.int64), at, 0)
     return Rebuilt(index=Index(keys, offsets), images=images, identities=identities - 1, cut=cut)
 
 
-def _check_key_0(reader: Records, offsets: npt.NDArray[np.int64], heads: Heads) -> None:
-    """The last record must be key 0: it says where the identity headers, all of them behind the images, lie."""
-    images = int(np.argmax(heads.is_identity))
+def _key_0(reader: Records, offsets: npt.NDArray[np.int64], heads: Heads) -> int:
+    """Which record is key 0, that says where the identity headers, all of them behind the images, lie: the last one,
+    or the first behind the images. Raises RecordError when neither does.
+    """
+    images, last = int(np.argmax(heads.is_identity)), len(offsets) - 1
     # Key 0 stores its range in float32: compare what float32 makes of the true one.
     expected = np.array([images + 1, len(offsets)], np.float32)
-    if not heads.is_identity[images:].all() or not np.array_equal(heads.labels[-1], expected):
-        raise RecordError(
-            reader.path,
-            int(offsets[-1]),
-            f"the record of key 0 with the range {images + 1}, {len(offsets)} behind all identity headers",
-            f"a record with the labels {heads.labels[-1, 0]:.0f}, {heads.labels[-1, 1]:.0f}",
-            cut_action(reader.path),
-        )
+    if heads.is_identity[images:].all():
+        for at in (last, images):
+            if np.array_equal(heads.labels[at], expected):
+                return at
+    at, (start, end) = images, heads.labels[images].tolist()
+    if start == expected[0] < end:  # of no identity: none has images from there on
+        wanted = f"{end - start:.0f} identity headers behind the images, as key 0 at their start states"
+        found = f"{last - images} records"
+    else:
+        at, (start, end) = last, heads.labels[last].tolist()
+        wanted = f"the record of key 0 with the range {images + 1}, {len(offsets)} behind all identity headers"
+        found = f"a record with the labels {start:.0f}, {end:.0f}"
+    raise RecordError(reader.path, int(offsets[at]), wanted, found, cut_action(reader.path))
 
 
 def find_identities(reader: Records, by_key: Offsets, key_0: tuple[float, float]) -> int:

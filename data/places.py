@@ -91,7 +91,7 @@ def record_files(place: Place) -> list[str]:
     found = [name for name in all_of_them if name.startswith("train")] or all_of_them
     if not found:
         raise DataError(f"{place.address}/train.rec: missing: expected a folder with train.rec, train.idx and property")
-    return sorted(found, key=_natural)
+    return sorted(found, key=natural)
 
 
 def index_of(name: str) -> str:
@@ -99,6 +99,7 @@ def index_of(name: str) -> str:
     return f"{name.removesuffix('.rec')}.idx"
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
+    """To sort names by: 2 before 10."""
     parts = re.split(r"([0-9]+)", name)  # every second one is digits
     return [(int(part), "") if number % 2 else (-1, part) for number, part in enumerate(parts)]

@@ -20,15 +20,18 @@ def image_record(key: int, labels: Sequence[float], image: bytes = b"image", *, 
     return key, pack(Header(flag, tuple(labels), key, 0), image)
 
 
-def insightface_records(counts: Sequence[int]) -> list[Record]:
-    """Records of `counts[c]` images of each class c: images, identity headers, key 0."""
+def insightface_records(counts: Sequence[int], *, key_0_first: bool = False) -> list[Record]:
+    """Records of `counts[c]` images of each class c: images, identity headers, key 0; or key 0 before the headers, as
+    face2rec2 has it.
+    """
     labels = np.repeat(np.arange(len(counts)), counts).tolist()
     records = [image_record(key, [label], f"image {key}".encode()) for key, label in enumerate(labels, start=1)]
     ends = 1 + np.cumsum(counts)
     start = int(ends[-1])
-    for label, (count, end) in enumerate(zip(counts, ends, strict=True)):
-        records.append(image_record(start + label, [end - count, end], b""))
-    return [*records, image_record(0, [start, start + len(counts)], b"")]
+    pairs = enumerate(zip(counts, ends, strict=True))
+    headers = [image_record(start + label, [end - count, end], b"") for label, (count, end) in pairs]
+    key_0 = image_record(0, [start, start + len(counts)], b"")
+    return [*records, key_0, *headers] if key_0_first else [*records, *headers, key_0]
 
 
 def write_set(folder: Path, records: Sequence[Record], *, classes: int, extra: str = "") -> Path:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="look at every record of a set: structure, header, label, image, index",
-        description="Looks at every record: structure, header, label, image, and whether index and property fit them; "
-        f"and compares the files with {NAME} where that lies beside them. "
+        description="Looks at every record of all record files of a set: structure, header, label, image, and whether "
+        f"indexes and property fit them; and compares the files with {NAME} where that lies beside them. "
         "Exit code 0: nothing is wrong; 1: something is; 2: it could not be looked at.",
     )
     parser.add_argument("folder", type=Path)
@@ -80,9 +80,11 @@ def _bars(console: Console) -> Iterator[Progress]:
 
 
 def _tell(found: Verified, most: int) -> None:
+    files = len(found.record_files)
     print(
         f"{found.folder}: {found.images} images of {found.labels} identities, {found.identity_headers} identity "
-        f"headers, {found.bytes / 1e6:.1f} MB"
+        f"headers, {found.bytes / 1e6:.1f} MB{f' in {files} record files' if files > 1 else ''}"
+        f"{_without_index(found.without_index)}"
     )
     if not found.findings:
         print("nothing is wrong with it")
@@ -97,24 +99,36 @@ def _tell(found: Verified, most: int) -> None:
         print(f"… and {len(found.findings) - most} more: --json lists them, up to {MOST} of a kind")
 
 
+def _without_index(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"; without an index, so opening it is a scan: {names[0]}{more}"
+
+
 def _fix(found: Verified, out: Path, *, force: bool, console: Console) -> tuple[int, int]:
     """Images and identities of the set that was written."""
     folder = Path(found.folder)
-    label_N, offset_N = found.good
+    label_N, file_N, offset_N = found.good
     if not len(label_N) or found.size is None:
         raise DataError(f"{folder}: expected some images that are well, found none: nothing was written")
     if found.properties is None:
         raise DataError(f"{folder / 'property'}: --fix needs it, as it says how labels are to be read: write one first")
     classes = found.properties.num_classes
-    reader = RecordReader(folder / "train.rec")
 
-    def images() -> Iterator[tuple[int, bytes]]:
-        for number in np.argsort(label_N, kind="stable").tolist():
-            yield int(label_N[number]), bytes(unpack(reader.read_at(int(offset_N[number])))[1])
+    with ExitStack() as stack:
+        readers = []
+        for name in found.record_files:
+            readers.append(RecordReader(folder / name))
+            stack.callback(readers[-1].close)
 
-    texts = {"findings.json": json.dumps(found.as_json(), indent=1) + "\n"}
-    texts |= names_text(names_of(folder, classes))
-    try:
+        def images() -> Iterator[tuple[int, bytes]]:
+            for number in np.argsort(label_N, kind="stable").tolist():
+                payload = readers[file_N[number]].read_at(int(offset_N[number]))
+                yield int(label_N[number]), bytes(unpack(payload)[1])
+
+        texts = {"findings.json": json.dumps(found.as_json(), indent=1) + "\n"}
+        texts |= names_text(names_of(folder, classes))
         count = write_set(
             out,
             shown(images(), "writing", len(label_N), console),
@@ -123,6 +137,4 @@ def _fix(found: Verified, out: Path, *, force: bool, console: Console) -> tuple[
             texts=texts,
             force=force,
         )
-    finally:
-        reader.close()
     return count, len(np.unique(label_N))

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.cache import Cache
 from data.errors import DataError
 from data.header import EXACT, HeaderError
 from data.index import Index, find_identities, read_index, rebuild, write_index
 from data.recordio import CutError, RecordError, RecordReader
+from data.records import RecordSet
 from tests.record_files import image_record, insightface_records, write_set
 
 
@@ -102,6 +104,51 @@ def test_rebuilt_as_the_builder_wrote_it(folder: Path) -> None:
     images = rebuild(reader, images_only=True)
     assert images.index.keys.tolist() == [0, 1, 2, 3, 4]
     assert images.index.offsets.tolist() == built.index.offsets[:5].tolist()
+
+
+@pytest.mark.parametrize("key_0_first", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0, 2], [1], [0, 1], [2, 0], [0, 0, 1, 0]])
+def test_key_0_before_or_behind_the_headers(tmp_path: Path, counts: list[int], key_0_first: bool) -> None:
+    """Such a set opens with its index; a scan makes the same index, so it opens without one as well."""
+    records = insightface_records(counts, key_0_first=key_0_first)
+    folder = write_set(tmp_path / "set", records, classes=len(counts))
+    path, reader = _open(folder)
+    before = path.read_bytes()
+    assert read_index(path, reader).keys.tolist() == [key for key, _ in records]
+    built = rebuild(reader)
+    assert (built.images, built.identities, built.cut) == (sum(counts), len(counts), "")
+    for indexed in (True, False):
+        opened = RecordSet.open(folder, Cache(tmp_path / "cache"))
+        assert (opened.layout, opened.num_classes) == ("insightface", len(counts))
+        assert opened.labels.tolist() == np.repeat(np.arange(len(counts)), counts).tolist()
+        images = [bytes(opened.image(sample)[1]) for sample in range(opened.num_samples)]
+        assert images == [f"image {key}".encode() for key in range(1, sum(counts) + 1)]
+        if indexed:
+            path.unlink()
+    write_index(path, built.index)
+    assert path.read_bytes() == before
+    assert rebuild(reader, images_only=True).index.offsets.tolist() == built.index.offsets[: sum(counts)].tolist()
+
+
+@pytest.mark.parametrize("key_0_first", [False, True])
+def test_a_cut_anywhere_behind_the_images(tmp_path: Path, key_0_first: bool) -> None:
+    counts = [3, 0, 2, 0]
+    folder = write_set(tmp_path / "set", insightface_records(counts, key_0_first=key_0_first), classes=4)
+    rec, index = folder / "train.rec", read_index(*_open(folder))
+    content, first = rec.read_bytes(), int(index.offsets[sum(counts)])
+    for size in range(len(content) - 1, first, -1):
+        os.truncate(rec, size)
+        whole = size in index.offsets
+        with pytest.raises(RecordError if whole else CutError, match=r"the file was cut: .* --images-only") as caught:
+            rebuild(RecordReader(rec))
+        if whole and key_0_first:
+            headers = index.offsets.tolist().index(size) - sum(counts) - 1
+            expected = "expected 4 identity headers behind the images, as key 0 at their start states"
+            assert f"byte {first}: {expected}, found {headers} records" in str(caught.value)
+        assert rebuild(RecordReader(rec), images_only=True).images == sum(counts)
+    rec.write_bytes(content + content[int(index.offsets[-1]) :])  # a header, or key 0, too many
+    with pytest.raises(RecordError, match="--images-only"):
+        rebuild(RecordReader(rec))
 
 
 def test_rebuilt_without_identity_headers(tmp_path: Path) -> None:
