@@ -16,7 +16,7 @@ _Words = npt.NDArray[np.uint64]
 
 _PIECE = 1 << 22
 """Bytes at a time."""
-_THREADS = 2
+_THREADS, _AHEAD = 2, 4
 """More do not help: what is left is making room in memory, one thread's work."""
 _WORD = 8
 MOST_DIGITS = 2 * _WORD
@@ -34,8 +34,10 @@ class _OddError(Exception):
 
 @dataclass(slots=True)
 class _Piece:
-    text: bytes
-    """Whole lines, and MOST_DIGITS bytes in front of them, which the first number's words may reach into."""
+    """Whole lines: the bytes MOST_DIGITS … end of a buffer. The first number's words may reach into those before."""
+
+    text: bytearray
+    end: int
     pairs: list[tuple[Ints, Ints]] | None = None
 
 
@@ -43,15 +45,15 @@ def pairs_of(path: Path) -> tuple[npt.NDArray[np.int32], Ints] | None:
     """Both columns of a file of lines `number<TAB>number`: int32 (n,), int64 (n,).
 
     None where a line is anything else, a number has more than MOST_DIGITS digits, or one of the first column is above
-    int32: `numpy.loadtxt`, which takes ten times as long, can tell more. Memory: 12 bytes a line and some 30 MB. Raises
-    OSError.
+    int32: `numpy.loadtxt` can tell more. Memory: 12 bytes a line and some 50 MB. Raises OSError.
     """
     size, read, count = path.stat().st_size, 0, 0
     firsts, seconds = np.empty(0, np.int32), np.empty(0, np.int64)
-    for piece in prefetch(_pieces(path), _read, rows=1, threads=_THREADS, ahead=2 * _THREADS):
+    free = [bytearray(MOST_DIGITS + _MOST_LINE + min(_PIECE, size + 1)) for _ in range(_AHEAD + 2)]
+    for piece in prefetch(_pieces(path, free), _read, rows=1, threads=_THREADS, ahead=_AHEAD):
         if piece.pairs is None:
             return None
-        read += len(piece.text) - MOST_DIGITS
+        read += piece.end - MOST_DIGITS
         for first, second in piece.pairs:
             end = count + len(first)
             if end > len(firsts):
@@ -63,48 +65,61 @@ def pairs_of(path: Path) -> tuple[npt.NDArray[np.int32], Ints] | None:
                 return None
             firsts[count:end], seconds[count:end] = first, second
             count = end
+        free.append(piece.text)
     return firsts[:count], seconds[:count]
 
 
-def _pieces(path: Path) -> Iterator[_Piece]:
-    """Pieces that end with a line. What has no line's end for too long is handed on as it is, and refused."""
-    rest, front = b"", bytes(MOST_DIGITS)
-    with path.open("rb") as file:
-        while read := file.read(_PIECE):
-            cut = read.rfind(b"\n") + 1
-            if not cut and len(rest) + len(read) > _MOST_LINE:
-                yield _Piece(front + rest + read)
+def _pieces(path: Path, free: list[bytearray]) -> Iterator[_Piece]:
+    """Pieces that end with a line, in buffers taken from `free`: new ones would cost as much time as the reading.
+
+    What has no line's end for too long is handed on as it is, and refused.
+    """
+    rest = b""
+    with path.open("rb", buffering=0) as file:
+        while True:
+            text = free.pop()
+            start = MOST_DIGITS + len(rest)
+            text[MOST_DIGITS:start] = rest
+            room = len(text) - MOST_DIGITS - _MOST_LINE
+            end = start + file.readinto(memoryview(text)[start : start + room])
+            if end == start:
+                if rest:
+                    text[end] = _LINE
+                    yield _Piece(text, end + 1)
                 return
-            yield _Piece(b"".join((front, rest, memoryview(read)[:cut])))
-            rest = read[cut:]
-    if rest:
-        yield _Piece(front + rest + b"\n")
+            cut = max(text.rfind(b"\n", MOST_DIGITS, end) + 1, MOST_DIGITS)
+            rest = bytes(text[cut:end])
+            if len(rest) > _MOST_LINE:
+                yield _Piece(text, end)
+                return
+            yield _Piece(text, cut)
 
 
 def _read(piece: _Piece, _: range) -> None:
     """Set `pairs`."""
     begin, parts = MOST_DIGITS, []
     try:
-        while begin < len(piece.text):
-            begin, part = _alike(piece.text, begin) or _unlike(piece.text, begin)
+        while begin < piece.end:
+            begin, part = _alike(piece, begin) or _unlike(piece, begin)
             parts.append(part)
     except _OddError:
         return
     piece.pairs = parts
 
 
-def _alike(text: bytes, begin: int) -> tuple[int, tuple[Ints, Ints]] | None:
+def _alike(piece: _Piece, begin: int) -> tuple[int, tuple[Ints, Ints]] | None:
     """(end, numbers) of the lines from `begin` on that have their tab and their end where the first one has them.
 
     None: they are too few. No position of theirs has to be looked for, which is half of the time.
     """
-    length = text.find(b"\n", begin) + 1 - begin
-    tab = text.find(b"\t", begin) - begin
-    count = (len(text) - begin) // max(length, 1)
-    if count < _FEW:
+    text = piece.text
+    length = text.find(b"\n", begin, piece.end) + 1 - begin
+    tab = text.find(b"\t", begin, piece.end) - begin
+    count = (piece.end - begin) // max(length, 1)
+    if count < _FEW or not 0 <= tab < length:
         return None
     rows = np.frombuffer(text, np.uint8, count * length, begin).reshape(count, length)
-    fits = (rows[:, tab] == _TAB) & (rows[:, -1] == _LINE) if 0 <= tab < length else np.zeros(1, np.bool_)
+    fits = (rows[:, tab] == _TAB) & (rows[:, -1] == _LINE)
     if not fits.all():
         count = int(np.argmin(fits))
     if count < _FEW:
@@ -118,20 +133,20 @@ def _alike(text: bytes, begin: int) -> tuple[int, tuple[Ints, Ints]] | None:
     return begin + count * length, (numbers(tab, tab), numbers(length - 1, length - 2 - tab))
 
 
-def _unlike(text: bytes, begin: int) -> tuple[int, tuple[Ints, Ints]]:
+def _unlike(piece: _Piece, begin: int) -> tuple[int, tuple[Ints, Ints]]:
     """(end, numbers) of all lines from `begin` on."""
-    rest = np.frombuffer(text, np.uint8, -1, begin)
+    rest = np.frombuffer(piece.text, np.uint8, piece.end - begin, begin)
     tab, line = np.flatnonzero(rest == _TAB), np.flatnonzero(rest == _LINE)
     if not len(line) or len(tab) != len(line) or line[-1] + 1 != len(rest):
         raise _OddError
     start = np.append(0, line[:-1] + 1)
-    words: _Words = np.ndarray((len(text) - _WORD + 1,), "<u8", text, 0, (1,))  # that begin at each byte
+    words: _Words = np.ndarray((piece.end - _WORD + 1,), "<u8", piece.text, 0, (1,))  # that begin at each byte
 
     def numbers(end: Ints, width: Ints) -> Ints:
         low, high = (words[end + (begin - back)] for back in (_WORD, 2 * _WORD))
         return _numbers(low, high, width)
 
-    return len(text), (numbers(tab, tab - start), numbers(line, line - tab - 1))
+    return piece.end, (numbers(tab, tab - start), numbers(line, line - tab - 1))
 
 
 def _numbers(low: _Words, high: _Words, width: Ints | int) -> Ints:

@@ -28,7 +28,7 @@ def _check(path: Path, pairs: list[tuple[int, int]]) -> None:
     assert list(zip(*(column.tolist() for column in found), strict=True)) == pairs
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(pairs=st.lists(st.tuples(KEYS, OFFSETS), min_size=1, max_size=30), tail=st.booleans(), zeros=st.integers(0, 3))
 def test_any_numbers(
     tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[int, int]], tail: bool, zeros: int
