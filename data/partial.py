@@ -179,6 +179,7 @@ class PartialSet:
 
     def _refuse_existing(self) -> None:
         there = [name for name in (*self._names, *self._others) if (self.out / name).exists()]
+        there += sorted(path.name for path in self.out.glob("*.rec") if not path.name.startswith("."))
         if there and not self._force:
             raise DataError(
                 f"{self.out}: expected no set there, found {there[0]}: name another folder, or replace it with --force"

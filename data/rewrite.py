@@ -141,6 +141,7 @@ def refuse_source(out: Path, source: Where) -> None:
 def refuse_existing(out: Path, *, force: bool) -> None:
     """Raise DataError where a set is, unless it may be replaced."""
     there = [name for name in ("train.rec", "property", _LAST, *SIDE_FILES) if (out / name).exists()]
+    there += sorted(path.name for path in out.glob("*.rec"))  # one of several files
     if there and not force:
         raise DataError(
             f"{out}: expected no set there, found {there[0]}: name another folder, or replace it with --force"
