@@ -117,7 +117,7 @@ class RecordLoader(ABC):
                 flips_SB = np.zeros(samples_SB.shape, np.bool_)
             for start, samples_B, flips_B in zip(some, samples_SB, flips_SB, strict=True):
                 if self._records.far:
-                    self._records.ahead(self._plan.coming(epoch, start))
+                    self._records.ahead(self._plan.coming(epoch, start, first=start == starts.start))
                 yield Planned(samples_B, flips_B, None if self._augment.idle else self._augment.draw(samples_B, epoch))
 
     def _finish(self, draft: Draft, images_BHW3: Tensor) -> Batch:

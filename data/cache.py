@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +37,12 @@ def default_folder() -> Path:
     """See `Cache.default`."""
     if named := os.environ.get(VARIABLE):
         return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "clusterface"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "clusterface"
+    try:
+        return Path.home() / ".cache" / "clusterface"
+    except RuntimeError:  # no home, as in containers
+        return Path(tempfile.gettempdir()) / f"clusterface-{os.getuid()}"
 
 
 class Table(NamedTuple):
@@ -58,9 +63,8 @@ def stamp(facts: object) -> str:
     return hashlib.sha256(json.dumps([_VERSION, facts], sort_keys=True).encode()).hexdigest()[:40]
 
 
-def load_table(cache: Cache, name: str) -> Table | None:
+def load_table(folder: Path) -> Table | None:
     """A table that was kept, memory-mapped, so that all ranks of a host hold it once; None: there is none."""
-    folder = cache.folder / "sets" / name
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="ascii"))
         arrays = [np.load(folder / f"{kind}.npy", mmap_mode="r").view(np.ndarray) for kind in _KINDS]
@@ -71,9 +75,20 @@ def load_table(cache: Cache, name: str) -> Table | None:
     return table if right else None
 
 
-def keep_table(cache: Cache, name: str, table: Table) -> None:
-    """Keep it, if there is room: it can be found out again."""
-    to = cache.folder / "sets" / name
+def keep_only(folder: Path) -> None:
+    """Remove what lies beside a folder: the same of before something changed."""
+    for other in folder.parent.iterdir():
+        if other.is_dir() and other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def table_folder(cache: Cache, address: str, name: str) -> Path:
+    """For the table of that name, and no other of the set at that address."""
+    return cache.folder / "sets" / stamp(address) / name
+
+
+def keep_table(to: Path, table: Table) -> None:
+    """Keep it, if there is room: it can be found out again. The table of before is removed."""
     with contextlib.suppress(OSError):
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=to.parent, prefix=".partial.", ignore_cleanup_errors=True) as partial:
@@ -84,3 +99,4 @@ def keep_table(cache: Cache, name: str, table: Table) -> None:
             facts = {"layout": table.layout, "counts": table.counts}
             (made / "facts.json").write_text(json.dumps(facts), encoding="ascii")
             made.rename(to)  # fails where another rank was faster
+        keep_only(to)

@@ -15,7 +15,7 @@ from data.errors import DataError
 from data.hashing import KEEP, keys, mix
 from data.properties import whole_number
 from data.records import RecordSet
-from data.rewrite import LEFT_OUT, Ints, Selection, choose, names_of
+from data.rewrite import LEFT_OUT, Ints, Selection, choose, names_of_set
 
 
 def subset(
@@ -38,7 +38,7 @@ def subset(
     taken_C = count_C >= max(1, min_images)
     if listed is not None:
         chosen_C = np.zeros(C, np.bool_)
-        chosen_C[_listed(listed, names_of(records.file("identities.txt").parent, C), C)] = True
+        chosen_C[_listed(listed, names_of_set(records), C)] = True
         taken_C &= chosen_C
     if identities is not None:
         left = np.flatnonzero(taken_C)
@@ -77,7 +77,7 @@ def merge(sets: Sequence[RecordSet], *, by_name: bool = False, table: Path | Non
     sizes = {records.image_size for records in sets}
     if len(sizes) > 1:
         raise DataError(f"expected sets of one image size, got {', '.join(f'{h}x{w}' for h, w in sorted(sizes))}")
-    names = [names_of(records.file("identities.txt").parent, records.num_classes) for records in sets]
+    names = [names_of_set(records) for records in sets]
     if by_name:
         for records, of_set in zip(sets, names, strict=True):
             if not of_set:

@@ -13,7 +13,7 @@ import numpy as np
 from data.errors import DataError
 from data.hashing import CLASSES, MEMBERS, UInt64s, keys
 from data.permutation import ROUNDS, own_keys, permute
-from data.sampler import Int64s, check_positions
+from data.sampler import Int64s, Order, check_positions
 
 
 class ClassIndex:
@@ -37,7 +37,7 @@ class ClassIndex:
         return samples_P
 
 
-class BalancedOrder:
+class BalancedOrder(Order):
     """Every class equally likely. An epoch has N positions, in rounds of C, in each of which every class comes once.
 
     The rounds' orders differ. A class's r-th image of an epoch is that of round r:
@@ -72,10 +72,8 @@ class BalancedOrder:
         image_P = _permuted(place_P, size_P, self._member_keys, class_P, sweep_P, round_P // size_P)
         return self._index.samples(class_P, image_P)
 
-    coming = samples
 
-
-class IdentityOrder:
+class IdentityOrder(Order):
     """Groups of K images of one identity (P x K): positions [i K, (i + 1) K) are the i-th group.
 
     A class has ceil(n_c / K) groups in an epoch, and the groups of all classes come in one shuffled order. They deal
@@ -107,8 +105,6 @@ class IdentityOrder:
         size_P = self._index.sizes_C[class_P]
         place_P = ((group_P - self._starts_C[class_P]) * self.group + member_P) % size_P
         return self._index.samples(class_P, _permuted(place_P, size_P, member_keys, class_P))
-
-    coming = samples
 
 
 def _permuted(place_P: Int64s, size_P: Int64s | np.int64, round_keys: UInt64s, *numbers_P: Int64s) -> Int64s:

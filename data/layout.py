@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +11,7 @@ from data.errors import DataError
 from data.header import EXACT, HeaderError
 from data.heads import Heads, read_heads
 from data.index import Index, find_identities
-from data.recordio import CutError, RecordError, Records, cut_action, images_only_action, rebuild_action
+from data.recordio import CutError, RecordError, Records, Where, cut_action, images_only_action, rebuild_action
 
 Labels = npt.NDArray[np.int64]
 
@@ -28,7 +27,7 @@ class Layout(NamedTuple):
     identities: npt.NDArray[np.int64]
 
 
-def find_layout(index_path: Path, index: Index, reader: Records) -> Layout:
+def find_layout(index_path: Where, index: Index, reader: Records) -> Layout:
     """Tell the layouts apart by key 0: it is an image, or it states which keys are identity headers.
 
     Raises DataError when the index and the record file do not fit each other, or key 0 was cut off.

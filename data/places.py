@@ -12,12 +12,15 @@ from data.recordio import RecordReader, Records
 from data.remote import Store
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(://|::)")
+_LOCAL = ("file://", "local://")
 Where = Path | str
 """A folder, or an address such as s3://bucket/folder."""
 
 
 def where(text: str) -> Where:
-    """Reads a path or an address, for command lines."""
+    """Reads a path or an address: one of a local file is a path."""
+    for local in _LOCAL:
+        text = text.removeprefix(local)
     return text if is_address(text) else Path(text)
 
 
@@ -74,12 +77,20 @@ class Folder:
 
 def is_address(where: Where) -> bool:
     """Whether it is of an object store rather than a path."""
-    return isinstance(where, str) and _ADDRESS.match(where) is not None
+    return isinstance(where, str) and _ADDRESS.match(where) is not None and not where.startswith(_LOCAL)
 
 
 def place_of(where: Where, cache: Cache) -> Place:
     """The place that a path or an address names. Raises DataError."""
     return Store(str(where), cache) if is_address(where) else Folder(Path(where))
+
+
+def local_file(where: Where, cache: Cache) -> Path:
+    """A file by its path, or a local copy of it by its address. Raises DataError."""
+    if not is_address(where):
+        return Path(where)
+    folder, _, name = str(where).rpartition("/")
+    return Store(folder, cache).local(name)
 
 
 def record_files(place: Place) -> list[str]:

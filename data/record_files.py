@@ -15,7 +15,7 @@ from data.cache import Table
 from data.errors import DataError
 from data.index import Index, read_index, rebuild
 from data.layout import Labels, Layout, find_layout, labels_of_images, labels_of_ranges
-from data.places import Place, index_of
+from data.places import Place, Where, index_of
 from data.properties import Properties
 from data.recordio import Records
 from data.samples import Samples
@@ -35,24 +35,30 @@ class FoundOut(NamedTuple):
     slow: bool
 
 
-def find_out(place: Place, names: Sequence[str], readers: Sequence[Records], properties: Properties) -> FoundOut:
-    """Read indexes and headers. Raises DataError for anything missing, damaged or contradictory."""
+def find_out(
+    place: Place, names: Sequence[str], readers: Sequence[Records], properties: Properties, *, spread: int = SPREAD
+) -> FoundOut:
+    """Read indexes and headers. spread: images that are looked at where ranges of keys tell the classes.
+
+    Raises DataError for anything missing, damaged or contradictory.
+    """
     there = set(place.names)
     layouts, slow = [], False
     for name, reader in zip(names, readers, strict=True):
+        path: Where = reader.path
         if index_of(name) in there:
             path = place.local(index_of(name))
             index = read_index(path, reader)
         else:
             _log.info("%s has no index: it is scanned", reader.path)
-            path, index, slow = place.local(name), rebuild(reader).index, True
+            index, slow = rebuild(reader).index, True
         layouts.append(find_layout(path, index, reader))
     labels = None
     if len(names) == 1 and len(layouts[0].identities):
         _check_classes(place, properties, len(layouts[0].identities), "identity headers")
         labels, read = _by_ranges(layouts[0], readers[0], properties)
         slow |= read > _MANY
-    if labels is not None and not Samples(readers, _table(layouts, labels), properties).agree(SPREAD):
+    if labels is not None and not Samples(readers, _table(layouts, labels), properties).agree(spread):
         labels = None  # identity headers need not stand in the order of the classes; the images' own always tell
     if labels is None:
         labels = np.concatenate([

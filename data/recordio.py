@@ -54,16 +54,22 @@ class CutError(RecordError):
 
 def rebuild_action(path: Where) -> str:
     """What to do about an index that does not fit its record file."""
+    if isinstance(path, str):
+        return "remove the index from the store: without one the file is scanned when it is opened"
     return f"rebuild the index with `python -m data index {path}`"
 
 
 def images_only_action(path: Where) -> str:
     """What to do about identity headers that are wrong."""
+    if isinstance(path, str):
+        path = f"train.rec of a local copy of {path.rpartition('/')[0]}"
     return f"leave the identity headers out with `python -m data index --images-only {path}`"
 
 
 def cut_action(path: Where) -> str:
     """What to do about a record file that was cut."""
+    if isinstance(path, str):
+        return "the file was cut: copy it to the store again"
     return f"the file was cut: copy it again, or keep its images with `python -m data index --images-only {path}`"
 
 

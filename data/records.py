@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from data.cache import Cache, Table, keep_table, load_table, stamp
+from data.block_disk import locked
+from data.cache import Cache, Table, keep_table, load_table, stamp, table_folder
+from data.errors import DataError
 from data.layout import Labels
-from data.places import Place, Where, index_of, is_address, place_of, record_files
+from data.places import Place, Where, index_of, is_address, local_file, place_of, record_files, where
 from data.properties import Properties, read_properties
 from data.record_files import SPREAD, find_out
 from data.samples import Samples
 
 _SPREAD_FAR = 16
 """Images looked at in a set that is far away: each costs a block."""
+_LARGE = 1 << 33
+"""Bytes of records from which on it pays that ranks open a set one after the other."""
+_log = logging.getLogger(__name__)
 
 
 class RecordSet:
@@ -29,16 +37,20 @@ class RecordSet:
     images; for images at higher keys their own headers are read instead, and ranges are only counted (by the index, in
     integers). Class numbers above 2^24 must be stored as pairs, see `data.header.class_labels`.
 
-    address: of the set; num_classes, num_samples; bytes: of its record files; image_size: (height, width); labels:
-    int64 (num_samples,), the class of every sample, not to be written to. Threads may read at once; pickling keeps the
-    address only.
+    address: of the set; names, bytes: of its record files; num_classes, num_samples; image_size: (height, width);
+    labels: int64 (num_samples,), the class of every sample, not to be written to. Threads may read at once; pickling
+    keeps the address only.
     """
 
     def __init__(self, where: Where, place: Place, cache: Cache) -> None:
         """For `open`. Reads all that there is to know but the images."""
         self._where, self._place, self._cache = where, place, cache
         self.address = place.address
-        names = record_files(place)
+        names = self.names = record_files(place)
+        if len(names) > 1:
+            _log.info("%s: %d record files are one set: %s", place.address, len(names), ", ".join(names))
+        if "property" not in place.names and self.far:
+            raise DataError(f"{place.address}/property: missing: expected a first line `classes,height,width`")
         properties = read_properties(place.local("property"))
         self.num_classes = properties.num_classes
         self.image_size = properties.image_size
@@ -49,14 +61,15 @@ class RecordSet:
         self.labels: Labels = table.labels
 
     @classmethod
-    def open(cls, where: Where, cache: Cache | None = None) -> RecordSet:
+    def open(cls, folder: Where, cache: Cache | None = None) -> RecordSet:
         """Open and check a set. Raises DataError, one line, for anything missing, damaged or contradictory.
 
-        where: a folder, or an address such as s3://bucket/folder. cache: where to keep what took long to find out, and
+        folder: a path, or an address such as s3://bucket/folder. cache: where to keep what took long to find out, and
         blocks of what is far away; None: `Cache.default()`.
         """
         cache = Cache.default() if cache is None else cache
-        return cls(where, place_of(where, cache), cache)
+        folder = where(str(folder))
+        return cls(folder, place_of(folder, cache), cache)
 
     def __reduce__(self) -> tuple[object, tuple[Where, Cache]]:
         return RecordSet.open, (self._where, self._cache)
@@ -87,9 +100,18 @@ class RecordSet:
         """Some samples are going to be read: of a set that is far away they are got meanwhile."""
         self._samples.ahead(samples)
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file beside the records."""
+        return name in self._place.names
+
     def file(self, name: str) -> Path:
-        """A file beside the records, or a local copy of it; there need not be any. Raises DataError."""
-        return self._place.local(name)
+        """A file by its name beside the records, by its path or address: as a path, of a local copy where it is far.
+
+        A local one need not be there. Raises DataError.
+        """
+        return (
+            local_file(name, self._cache) if is_address(name) or Path(name).is_absolute() else self._place.local(name)
+        )
 
     def close(self) -> None:
         """Unmap the files."""
@@ -98,14 +120,36 @@ class RecordSet:
 
     def _find_out(self, names: list[str], properties: Properties) -> tuple[Table, Samples]:
         """From the cache, if it has what these very files hold; else from the files."""
-        there = set(self._place.names)
-        files = [name for record in names for name in (record, index_of(record)) if name in there]
-        name = stamp([*map(self._place.mark, files), properties.text()])
-        if (table := load_table(self._cache, name)) is not None:
-            samples = Samples(self._readers, table, properties)
-            if samples.agree(_SPREAD_FAR if self.far else SPREAD):
-                return table, samples
-        table, slow = find_out(self._place, names, self._readers, properties)
-        if slow or self.far:
-            keep_table(self._cache, name, table)
+        files = [name for record in names for name in (record, index_of(record)) if name in self._place.names]
+        facts = [*map(self._place.mark, files), properties.text()]
+        folder = table_folder(self._cache, self.address, stamp(facts))
+        if (known := self._known(folder, properties)) is not None:
+            return known
+        with self._one_rank(folder):
+            if (known := self._known(folder, properties)) is not None:
+                return known
+            table, slow = find_out(self._place, names, self._readers, properties, spread=self._spread)
+            if slow or self.far:
+                keep_table(folder, table)
         return table, Samples(self._readers, table, properties)
+
+    def _known(self, folder: Path, properties: Properties) -> tuple[Table, Samples] | None:
+        if (table := load_table(folder)) is not None:
+            samples = Samples(self._readers, table, properties)
+            if samples.agree(self._spread):
+                return table, samples
+        return None
+
+    @property
+    def _spread(self) -> int:
+        return _SPREAD_FAR if self.far else SPREAD
+
+    @contextlib.contextmanager
+    def _one_rank(self, folder: Path) -> Iterator[None]:
+        """The ranks of a host one after the other, where looking takes long: the others find what one has kept."""
+        with contextlib.ExitStack() as stack:
+            if self.far or self.bytes > _LARGE:
+                with contextlib.suppress(OSError):  # no cache: every rank for itself
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(locked(folder.parent / ".lock"))
+            yield

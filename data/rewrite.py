@@ -81,9 +81,14 @@ def choose(records: RecordSet, label_N: Ints) -> Selection:
     used, new = np.unique(label_N[kept], return_inverse=True)
     renumbered_N = np.full(len(label_N), LEFT_OUT, np.int64)
     renumbered_N[kept] = new.ravel()
-    names = names_of(records.file(_NAMES).parent, records.num_classes)
+    names = names_of_set(records)
     picked = [names[label] for label in used.tolist()] if names else ()
     return Selection(sets=[records], label_N=renumbered_N, num_classes=len(used), names=picked)
+
+
+def names_of_set(records: RecordSet) -> list[str]:
+    """`names_of` its identities.txt."""
+    return names_of(records.file(_NAMES).parent, records.num_classes) if records.has(_NAMES) else []
 
 
 def names_of(folder: Path, num_classes: int) -> list[str]:

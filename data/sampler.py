@@ -27,11 +27,15 @@ class Order(Protocol):
     def samples(self, epoch: int, positions: Int64s) -> Int64s:
         """Samples at the positions of the epoch's order. positions: int64, any shape, in [0, num_positions)."""
 
-    def coming(self, epoch: int, positions: Int64s) -> Int64s:
-        """Samples to begin to get, where they are far away, when these positions, rising, are planned."""
+    def coming(self, epoch: int, step: range, mine: Int64s, *, first: bool) -> Int64s:
+        """Samples to begin to get, where they are far away, when a step is planned.
+
+        step: its positions, of all ranks; mine: those of this rank; first: whether it is the first step of a run.
+        """
+        return self.samples(epoch, mine)
 
 
-class EpochOrder:
+class EpochOrder(Order):
     """The plain shuffle: a permutation of [0, num_samples) for each epoch. Nothing is stored, however many samples."""
 
     group = 1
@@ -46,8 +50,6 @@ class EpochOrder:
         check_positions(positions, self.num_positions)
         round_keys = keys(ROUNDS, seed=self.seed, epoch=epoch, purpose=ORDER)
         return permute(positions.astype(np.uint64), np.uint64(self.num_positions), round_keys).astype(np.int64)
-
-    coming = samples
 
 
 class BatchPlan:
@@ -97,9 +99,10 @@ class BatchPlan:
         """Sample ids of this rank in the step that begins at the position `start`, int64 (B,); of several, (S, B)."""
         return self.order.samples(epoch, self._slice_B + np.asarray(start)[..., None])
 
-    def coming(self, epoch: int, start: int) -> Int64s:
-        """What any rank may read soon after that: see `Order`."""
-        return self.order.coming(epoch, np.arange(start, start + self.global_batch))
+    def coming(self, epoch: int, start: int, *, first: bool) -> Int64s:
+        """What to begin to get for the step that begins there: see `Order`."""
+        step = range(start, start + self.global_batch)
+        return self.order.coming(epoch, step, self._slice_B + start, first=first)
 
 
 def check_positions(positions: Int64s, count: int) -> None:

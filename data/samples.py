@@ -23,6 +23,7 @@ class Samples:
 
     def __init__(self, readers: Sequence[Records], table: Table, properties: Properties) -> None:
         self._readers, self._properties, self._pair = readers, properties, properties.pair
+        self._layout = table.layout
         self._offsets, self._labels, self._keys = table.offsets, table.labels, table.keys
         self._starts: list[int] = np.cumsum([0, *table.counts[:-1]]).tolist()
         self._views = [reader.view if isinstance(reader, RecordReader) else None for reader in readers]
@@ -46,9 +47,12 @@ class Samples:
                         return label, view[start:end]
         label, image = self._read(sample)
         if label != self._labels[sample]:
-            expected = f"label {self._labels[sample]}, as its identity header says"
             path = self._readers[self._file(sample)].path
-            raise self._error(sample, expected, f"label {label}", images_only_action(path))
+            expected, action = f"label {self._labels[sample]}, as when the set was opened", "open it again"
+            if "insightface" in self._layout:
+                expected = f"label {self._labels[sample]}, as its identity header says"
+                action = images_only_action(path)
+            raise self._error(sample, expected, f"label {label}", action)
         return label, image
 
     def image_batch(self, samples: npt.NDArray[np.int64]) -> list[tuple[int, memoryview]]:
@@ -69,6 +73,7 @@ class Samples:
     def agree(self, at_most: int) -> bool:
         """Whether so many images, spread over all, are of the classes that the table says. Raises RecordError."""
         spread = np.unique(np.linspace(0, len(self._offsets) - 1, at_most).astype(np.int64))
+        self.ahead(spread)
         return all(self._read(sample)[0] == self._labels[sample] for sample in spread.tolist())
 
     def ahead(self, samples: npt.NDArray[np.int64]) -> None:

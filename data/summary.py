@@ -39,7 +39,7 @@ def facts_of(records: RecordSet) -> Facts:
         "images": records.num_samples,
         "identities": records.num_classes,
         "image size": f"{height}x{width} by property",
-        "record file": f"{records.bytes / 1e6:.1f} MB",
+        "record files": f"{', '.join(records.names)}, {records.bytes / 1e6:.1f} MB",
         "images of an identity": f"{low} at least, {quarter} / {median} / {three_quarters} quartiles, {high} at most",
         "identities without images": int(np.count_nonzero(counts_C == 0)),
         "identities with one image": int(np.count_nonzero(counts_C == 1)),

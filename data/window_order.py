@@ -7,13 +7,13 @@ import numpy as np
 from data.errors import DataError
 from data.hashing import ORDER, PLACE, WINDOW, keys
 from data.permutation import ROUNDS, own_keys, permute
-from data.sampler import Int64s, check_positions
+from data.sampler import Int64s, Order, check_positions
 
 RUN = 1024
 """Neighbouring samples that come into the same window: some 8 MB."""
 
 
-class WindowOrder:
+class WindowOrder(Order):
     """Runs of neighbouring samples in a random order, and the samples of a window of runs shuffled together.
 
     Every sample comes once an epoch. A pure function of (seed, epoch, position), like the plain shuffle, but a window
@@ -25,7 +25,7 @@ class WindowOrder:
     group = 1
 
     def __init__(self, num_samples: int, *, window: int, seed: int) -> None:
-        """window: positions, a multiple of RUN."""
+        """window: positions, some runs."""
         if num_samples < 1 or seed < 0 or window < 1:
             raise DataError(
                 f"expected at least one sample, a seed of 0 or more and a window of 1 or more, got {num_samples=}, "
@@ -43,14 +43,12 @@ class WindowOrder:
         place = permute((positions - begin).astype(np.uint64), size, window_keys).astype(np.int64)
         return self._in_runs(epoch, begin + place)
 
-    def coming(self, epoch: int, positions: Int64s) -> Int64s:
-        """Samples to begin to get when these positions, rising, are planned: so many of the next window.
-
-        With the first positions of the epoch also those of the first window.
-        """
-        ahead = positions + self.window
-        if positions[0] == 0:
-            ahead = np.concatenate([np.arange(self.window), ahead])
+    def coming(self, epoch: int, step: range, mine: Int64s, *, first: bool) -> Int64s:
+        """See `data.sampler.Order`: so many of the next window; with the first step all up to there."""
+        ahead = np.arange(step.start, step.stop) + self.window
+        if first:
+            begin = step.start // self.window * self.window
+            ahead = np.arange(begin, step.stop + self.window)
         return self._in_runs(epoch, ahead[ahead < self.num_positions])
 
     def _in_runs(self, epoch: int, places: Int64s) -> Int64s:

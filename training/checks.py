@@ -29,7 +29,7 @@ def open_records(config: DataConfig) -> RecordSet:
     path = config.path
     if not path:
         raise ConfigError("data.path: expected the folder that holds train.rec, got nothing: use --set data.path=…")
-    folder = Path(config.cache) if config.cache else default_folder()
+    folder = Path(config.cache).expanduser() if config.cache else default_folder()
     records = RecordSet.open(path, Cache(folder, int(config.cache_gb * 1e9)))
     if records.image_size != IMAGE_SIZE:
         expected, found = ("x".join(map(str, size)) for size in (IMAGE_SIZE, records.image_size))

@@ -7,6 +7,8 @@ from data.records import RecordSet
 
 def identities(records: RecordSet) -> list[str]:
     """Names of all labels, as `python -m data pack folder` writes them beside the records; [] without."""
+    if not records.has("identities.txt"):
+        return []
     try:
         names = records.file("identities.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

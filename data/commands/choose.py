@@ -13,7 +13,7 @@ from data.commands.arguments import fraction, shown, whole
 from data.errors import DataError
 from data.places import Where, where
 from data.records import RecordSet
-from data.rewrite import Selection, names_of, names_text, refuse_existing, refuse_source, texts_of, write_set
+from data.rewrite import Selection, names_of_set, names_text, refuse_existing, refuse_source, texts_of, write_set
 from data.shuffling import MEMORY, shuffled
 
 
@@ -93,7 +93,7 @@ def _shuffle(args: argparse.Namespace, console: Console) -> int:
     records = _open(args.set, args.out)
     images = shuffled(records, seed=args.seed, folder=args.out, memory=args.memory << 20)
     classes = int(records.labels.max()) + 1  # without identity headers none tells of classes behind the last image's
-    names = names_of(records.file("identities.txt").parent, records.num_classes)[:classes]
+    names = names_of_set(records)[:classes]
     count = write_set(
         args.out,
         shown(images, "images", records.num_samples, console),

@@ -13,11 +13,12 @@ from rich.console import Console
 from configs.load import load_config
 from configs.schema import ConfigError
 from data.augment import Augment, apply_
+from data.cache import Cache
 from data.commands.arguments import whole
 from data.contact_sheet import Pixels, contact_sheet, write_png
 from data.decode import decode_image
 from data.errors import DataError
-from data.places import where
+from data.places import local_file, where
 from data.records import RecordSet
 from data.sources import IMAGE_SIZE
 from data.summary import facts_of, facts_of_pairs, first_images, first_pairs, histogram, lines
@@ -30,7 +31,9 @@ _BIN_SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 def add(commands: Any) -> None:
     """Register both commands."""
     parser = commands.add_parser("inspect", help="layout, counts and sizes of a set, or of a verification set (.bin)")
-    parser.add_argument("path", type=where, metavar="SET", help="a folder with train.rec, its address, or a .bin")
+    parser.add_argument(
+        "path", type=where, metavar="SET", help="a folder with train.rec, or a .bin; or the address of either"
+    )
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--histogram", type=Path, metavar="PNG", help="how many identities have how many images")
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="images of the first identities, or the first pairs")
@@ -49,10 +52,10 @@ def add(commands: Any) -> None:
 
 
 def _inspect(args: argparse.Namespace, _: Console) -> int:
-    if isinstance(args.path, Path) and args.path.suffix == ".bin":
+    if str(args.path).endswith(".bin"):
         if args.histogram is not None:
             raise DataError("--histogram: expected a set with identities, a .bin has none")
-        pairs = read_bin(args.path)
+        pairs = read_bin(local_file(args.path, Cache.default()))
         facts = facts_of_pairs(pairs, _BIN_SIZE)
         sheet = None if args.sheet is None else first_pairs(pairs, _BIN_SIZE, rows=_ROWS)
     else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -15,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import blocks
-from data.blocks import Blocks
+from data import block_disk, blocks
+from data.block_disk import BlockDisk
+from data.blocks import Blocks, Fetch
 from data.errors import DataError
 
 DATA = np.random.default_rng(0).bytes(1003)
@@ -52,8 +55,8 @@ def far() -> Far:
     return Far()
 
 
-def _blocks(far: Far, root: Path, limit: int = 10**9) -> Blocks:
-    return Blocks("s3://far/train.rec", len(DATA), far, folder=root / "file", root=root, limit=limit)
+def _blocks(far: Fetch, root: Path, limit: int = 10**9) -> Blocks:
+    return Blocks("s3://far/train.rec", len(DATA), far, folder=root / "file", disk=BlockDisk(root, limit))
 
 
 @pytest.fixture
@@ -71,7 +74,6 @@ def test_any_bytes_and_each_block_once(opened: Blocks, far: Far, tmp_path: Path)
     assert found == [DATA[begin:end] for begin, end in spans]
     assert set(far.asked) == set(range(16))
     assert max(far.asked.values()) == 1
-    assert opened.read(10, 20).obj is opened.read(20, 40).obj  # a view within a block
     again = _blocks(far, tmp_path)
     assert bytes(again.read(0, len(DATA))) == DATA
     again.close()
@@ -87,7 +89,7 @@ def _count(root: Path, log: Path) -> None:
         time.sleep(0.002)
         return DATA[begin:end]
 
-    opened = Blocks("far", len(DATA), fetch, folder=root / "file", root=root, limit=10**9)
+    opened = _blocks(fetch, root)
     assert bytes(opened.read(0, len(DATA))) == DATA
     opened.close()
 
@@ -121,7 +123,7 @@ def test_what_is_announced_is_got_meanwhile(opened: Blocks, far: Far) -> None:
 def test_who_needs_a_block_does_not_wait_for_those_before_it(
     far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "_THREADS", 1)
+    monkeypatch.setattr(block_disk, "_THREADS", 1)
     opened = _blocks(far, tmp_path)
     far.wait = threading.Event()
     opened.ahead([0, 1, 2])  # 0 is on its way and hangs
@@ -155,12 +157,9 @@ def test_failures_are_tried_again_and_then_said(opened: Blocks, far: Far) -> Non
 
 
 def test_short_answers_are_failures(tmp_path: Path) -> None:
-    short = Blocks(
-        "far", len(DATA), lambda begin, end: DATA[begin : end - 1], folder=tmp_path / "f", root=tmp_path, limit=9
-    )
+    short = _blocks(lambda begin, end: DATA[begin : end - 1], tmp_path)
     with pytest.raises(DataError, match="it sent 63 bytes"):
         short.read(0, 4)
-    short.close()
 
 
 def test_damaged_blocks_are_got_anew(far: Far, tmp_path: Path) -> None:
@@ -176,21 +175,47 @@ def test_damaged_blocks_are_got_anew(far: Far, tmp_path: Path) -> None:
 
 
 def test_blocks_that_nobody_used_for_long_go(far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_TRIM_EVERY", 2)
-    monkeypatch.setattr(blocks, "_MOST_OPEN", 2)
-    other = tmp_path / "other" / "00000000"
+    monkeypatch.setattr(block_disk, "_TRIM_AFTER", 0.4)
+    other, killed = tmp_path / "other" / "00000000", tmp_path / "other" / ".00000001.7.part"
     other.parent.mkdir()
-    other.write_bytes(bytes(BLOCK))
-    os.utime(other, (1, 1))
+    for path in (other, killed):
+        path.write_bytes(bytes(BLOCK))
+        os.utime(path, (1, 1))
     opened = _blocks(far, tmp_path, limit=6 * BLOCK)
     for _ in range(3):
         for number in range(15):
-            assert (
-                bytes(opened.read(number * BLOCK, (number + 1) * BLOCK)) == DATA[number * BLOCK : (number + 1) * BLOCK]
-            )
+            begin, end = number * BLOCK, (number + 1) * BLOCK
+            assert bytes(opened.read(begin, end)) == DATA[begin:end]
     assert not other.exists()
-    assert 3 <= len(list((tmp_path / "file").glob("[0-9]*"))) <= 8
-    opened.close()
+    assert not killed.exists()
+    assert 3 <= len(list((tmp_path / "file").glob("[0-9]*"))) <= 6 + 3
+
+
+def test_few_files_are_open_at_a_time(far: Far, tmp_path: Path) -> None:
+    disk = BlockDisk(tmp_path, 10**9)
+    disk._most = 3
+    several = [Blocks(f"far {n}", len(DATA), far, folder=tmp_path / f"{n}", disk=disk) for n in range(4)]
+    before = len(os.listdir("/proc/self/fd"))
+    for each in several:
+        assert bytes(each.read(0, len(DATA))) == DATA
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+    disk.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_process_ends_though_blocks_are_announced(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from data.block_disk import BlockDisk
+from data.blocks import BLOCK, Blocks
+root = Path({str(tmp_path)!r})
+def slow(begin, end):
+    time.sleep(30)
+Blocks("far", 999 * BLOCK, slow, folder=root / "file", disk=BlockDisk(root, 1)).ahead(range(999))
+time.sleep(0.1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
 
 
 def test_a_disk_that_is_full_costs_speed_only(

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from data import blocks, remote
+from data import blocks, remote, remote_records
 from data.__main__ import main
 from data.cache import Cache
 from data.errors import DataError
@@ -61,7 +62,7 @@ def bucket(endpoint: str, request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (blocks, remote):
+    for module in (blocks, remote_records):
         monkeypatch.setattr(module, "BLOCK", 512)
     monkeypatch.setattr(blocks, "_PAUSE_S", 0.01)
 
@@ -71,6 +72,11 @@ def _put(bucket: Any, folder: Path) -> str:
     files.put(f"{folder}/", f"{name}/sets/{folder.name}/", recursive=True)
     files.invalidate_cache()
     return f"s3://{name}/sets/{folder.name}"
+
+
+def _property(folder: Path) -> Path:
+    (folder / "property").write_text("1,112,112\n")
+    return folder
 
 
 def _same(far: RecordSet, near: RecordSet) -> None:
@@ -132,6 +138,71 @@ def test_each_byte_is_asked_for_once(bucket: Any, tmp_path: Path, monkeypatch: p
     assert len(asked) == count
 
 
+def test_opening_a_set_with_identity_headers_reads_few_places(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_set(tmp_path / "set", insightface_records([200] * 10), classes=10)
+    asked: list[int] = []
+    fetch = remote.Store.fetch
+
+    def counted(self: remote.Store, name: str, begin: int, end: int) -> bytes:
+        if name == "train.rec":
+            asked.append(end - begin)
+        return fetch(self, name, begin, end)
+
+    monkeypatch.setattr(remote.Store, "fetch", counted)
+    far = RecordSet.open(_put(bucket, folder), Cache(tmp_path / "cache"))
+    assert far.labels.tolist() == np.repeat(np.arange(10), 200).tolist()
+    assert far.bytes // 512 > 150
+    assert len(asked) < 30
+    assert sum(asked) < far.bytes / 4
+    far.close()
+
+
+_OPEN = """
+import sys
+from data import blocks, remote, remote_records
+from data.records import RecordSet
+blocks.BLOCK = remote_records.BLOCK = 512
+fetched, fetch = [], remote.Store.fetch
+def counted(self, name, begin, end):
+    fetched.append(end - begin if name == "train.rec" else 0)
+    return fetch(self, name, begin, end)
+remote.Store.fetch = counted
+records = RecordSet.open(sys.argv[1])
+assert records.labels.tolist() == [n % 7 for n in range(900)]
+print(sum(fetched))
+"""
+
+
+def test_the_ranks_of_a_host_find_out_once(bucket: Any, endpoint: str, tmp_path: Path) -> None:
+    """Without an index and identity headers all of the file has to be read: by one of them."""
+    folder = write_set(tmp_path / "set", [image_record(n, [n % 7], b"image" * 9) for n in range(900)], classes=7)
+    (folder / "train.idx").unlink()
+    address = _put(bucket, folder)
+    settings = {"FSSPEC_S3_ENDPOINT_URL": endpoint, "CLUSTERFACE_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, **KEYS, **settings}
+    command = [sys.executable, "-c", _OPEN, address]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    fetched = [int(rank.communicate(timeout=120)[0]) for rank in ranks]
+    size = (folder / "train.rec").stat().st_size
+    assert size <= sum(fetched) < 1.3 * size
+
+
+def test_a_file_that_changes_meanwhile_ends_the_run(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_LOOK_AGAIN", 4)
+    folder = write_set(tmp_path / "set", [image_record(n, [0], b"image" * 20) for n in range(200)], classes=1)
+    address = _put(bucket, folder)
+    far = RecordSet.open(address, Cache(tmp_path / "cache"))
+    write_set(folder, [image_record(n, [0], b"other" * 20) for n in range(200)], classes=1)
+    _put(bucket, folder)
+    with pytest.raises(DataError, match=rf"{address}/train\.rec: it was changed while it was read"):
+        deque(map(far.image, range(200)))
+    far.close()
+
+
 def test_a_file_that_was_replaced_is_another_file(bucket: Any, tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     first = write_set(tmp_path / "set", [image_record(n, [n % 2], b"old") for n in range(9)], classes=2)
@@ -157,8 +228,10 @@ def test_what_is_wrong_is_said_in_one_line(bucket: Any, tmp_path: Path, monkeypa
     address = _put(bucket, folder)
     with pytest.raises(DataError, match=r"set/property: missing: expected a first line"):
         RecordSet.open(address, cache)
-    with pytest.raises(DataError, match=r"gone://here: expected a driver for it|gone://here: cannot"):
+    with pytest.raises(DataError, match=r"gone://here: expected a driver for such addresses .*: install the one"):
         RecordSet.open("gone://here", cache)
+    assert RecordSet.open(f"file://{_property(folder)}", cache).address == str(folder)
+    (folder / "property").unlink()
     (folder / "property").write_text("1,112,112\n")
     far = RecordSet.open(_put(bucket, folder), Cache(tmp_path / "other"))
     monkeypatch.setattr(remote.Store, "fetch", lambda *_: b"")
@@ -171,7 +244,7 @@ def test_what_is_wrong_is_said_in_one_line(bucket: Any, tmp_path: Path, monkeypa
 def test_loaders_give_the_same_batches(
     bucket: Any, tmp_path: Path, sampler: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (blocks, remote):
+    for module in (blocks, remote_records):
         monkeypatch.setattr(module, "BLOCK", 1 << 14)
     folder = tmp_path / "set"
     folder.mkdir()

@@ -49,15 +49,22 @@ def test_a_window_reads_few_runs_and_mixes_them() -> None:
     assert np.mean(np.array(_epoch(order)) == np.array(_epoch(WindowOrder(6400, window=160, seed=2)))) < 0.01
 
 
-def test_what_is_coming_has_been_announced_before() -> None:
+@pytest.mark.parametrize("begin", [0, 440])
+def test_what_is_coming_has_been_announced_before(begin: int) -> None:
+    """From the start of an epoch, and after a resume in the middle of a window."""
     order = WindowOrder(1003, window=96, seed=3)
     plan = BatchPlan(1003, batch_size=20, rank=1, world_size=2, seed=3, order=order)
     announced: set[int] = set()
-    for start in plan.starts():
-        announced.update(plan.coming(5, start).tolist())
+    for start in plan.starts(begin):
+        announced.update(plan.coming(5, start, first=start == begin).tolist())
         assert announced.issuperset(order.samples(5, np.arange(start, start + 40)).tolist())
-        assert len(announced) <= start + 40 + 96
-    assert announced == set(range(1003))
+        assert len(announced) <= start - begin + 40 + 2 * 96
+    assert announced.issuperset(order.samples(5, np.arange(begin, 1003)).tolist())
+
+
+def test_of_the_plain_shuffle_a_rank_announces_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = BatchPlan(1003, batch_size=20, rank=1, world_size=2, seed=3)
+    assert plan.coming(2, 80, first=True).tolist() == plan.samples(2, 80).tolist()
 
 
 def test_the_last_run_is_another_in_each_epoch() -> None:
