@@ -28,6 +28,7 @@ from training.meter import Meter, cluster_advice
 from training.metrics import HISTOGRAM_BINS, RunLog, count_histogram
 from training.optim import build_optimizers, learning_rate
 from training.step import TrainStep
+from training.stopping import StopRequest
 from training.timing import Stopwatch
 from training.verify import Verification
 
@@ -166,8 +167,15 @@ class Trainer:
 
     # ---- training ----------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Train to the end, evaluating, saving and logging on the way. Raises TrainingError when it cannot go on."""
+    def run(self) -> str:
+        """Train to the end, evaluating, saving and logging on the way: "", or the signal by which it was stopped.
+
+        Raises TrainingError when it cannot go on. Call it in the main thread.
+        """
+        with StopRequest(self.ranks) as stop:
+            return self._run(stop)
+
+    def _run(self, stop: StopRequest) -> str:
         train = self.config.train
         last = min(self.total_steps, train.stop_after_steps or self.total_steps)
         self.log = RunLog(self.output, active=self.ranks.is_main, total_steps=self.total_steps, first_step=self.step)
@@ -175,21 +183,28 @@ class Trainer:
             self._introduce()
             if self.step == 0:
                 self._evaluate()  # untrained: what the later figures stand against
-            while self.step < last:
+            stopped = ""
+            while self.step < last and not stopped:
                 for batches in self._epoch_from(self.step, last):
                     values = self.train_step(batches, step=self.step, lr=self._learning_rate())
                     self.step += 1
                     self.meter.add(values)
                     self.log.moved(self.step)
                     self._after_step(last)
+                    if stopped := stop.due():
+                        break
             self._save()
             if self.step == self.total_steps:
                 self._finish()
             else:
-                self.log.say(f"stopped after {self.step} of {self.total_steps} steps; the same command goes on")
+                by = f" by {stopped}" if stopped else ""
+                self.log.say(f"stopped{by} after {self.step} of {self.total_steps} steps; the same command goes on")
+                return stopped
         finally:
             self.log.close()
             self.loader.close()
+            self.records.close()
+        return ""
 
     def _after_step(self, last: int) -> None:
         """What is due after a finished step: log, histograms, evaluation, checkpoint."""

@@ -50,10 +50,10 @@ def test_stopped_and_resumed_equals_never_stopped(train: Run, tmp_path: Path) ->
     rest = train(1, name="parts")
     assert rest.returncode == 0, rest.stderr
     assert "resumed at step 19" in rest.stderr
-    _same_end(tmp_path, ranks=1)
+    same_end(tmp_path, ranks=1)
 
 
-def _same_end(folder: Path, *, ranks: int) -> None:
+def same_end(folder: Path, *, ranks: int) -> None:
     first, second = _final(folder / "whole"), _final(folder / "parts")
     assert len(first) == ranks
     _equal(first, second, "checkpoint")
@@ -78,16 +78,16 @@ def test_killed_and_resumed_equals_never_stopped(train: Run, command: Callable[.
             assert run.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        for pid in _session(run.pid):
+        for pid in session(run.pid):
             os.kill(pid, signal.SIGKILL)
     assert not (tmp_path / "parts" / "backbone.pt").exists(), "killed before its end"
     rest = train(2, setting, name="parts")
     assert rest.returncode == 0, rest.stderr
     assert "resumed at step" in rest.stderr
-    _same_end(tmp_path, ranks=2)
+    same_end(tmp_path, ranks=2)
 
 
-def _session(leader: int) -> list[int]:
+def session(leader: int) -> list[int]:
     """Processes of the session that `leader` began: the launcher, and its ranks, which have groups of their own."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
