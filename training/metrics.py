@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,21 +17,35 @@ from torch.utils.tensorboard import SummaryWriter
 HISTOGRAM_BINS = 64
 
 
+def append_line(path: Path, text: str) -> None:
+    """Append a line, behind the end of one that a full disk cut short. Raises OSError."""
+    with path.open("ab+") as file:
+        size = file.seek(0, 2)
+        torn = False
+        if size:
+            file.seek(size - 1)
+            torn = file.read(1) != b"\n"
+        file.write(b"\n" * torn + text.encode() + b"\n")
+
+
 class RunLog:
-    """Rank 0's log of a run. On other ranks every method does nothing."""
+    """Rank 0's log of a run. On other ranks every method does nothing.
+
+    What cannot be written (a full disk, a folder that is gone) is said once and never ends a training: it is tried
+    again with the next lines, and what was not written meanwhile is missing.
+    """
 
     def __init__(self, output: Path, *, active: bool, total_steps: int, first_step: int) -> None:
         self.active = active
         self._total = total_steps
         self._console = Console(stderr=True)
+        self._output, self._failing = output, set[str]()
         self._writer: SummaryWriter | None = None
-        self._lines: TextIO | None = None
         self._progress: Progress | None = None
         if not active:
             return
         # Events that a killed run logged after its last checkpoint are hidden: the resumed run logs them again.
-        self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1 if first_step else None)
-        self._lines = (output / "metrics.jsonl").open("a", encoding="utf-8")
+        self._purge = first_step + 1 if first_step else None
         if self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
@@ -49,9 +63,35 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
         if self._writer is not None:
-            self._writer.close()
-        if self._lines is not None:
-            self._lines.close()
+            self.attempt("tensorboard", self._writer.close)
+
+    def attempt(self, what: str, write: Callable[[], None]) -> bool:
+        """Write something, and say it if that is not possible: whether it was."""
+        if not self.active:
+            return False
+        try:
+            write()
+        except (OSError, RuntimeError, ValueError) as error:
+            if what not in self._failing:
+                self._failing.add(what)
+                self.say(f"{self._output / what}: cannot write it ({error}): training goes on, and tries it again")
+            return False
+        if what in self._failing:
+            self._failing.remove(what)
+            self.say(f"{self._output / what}: it can be written again")
+        return True
+
+    def _events(self, write: Callable[[SummaryWriter], None]) -> None:
+        """Hand something to TensorBoard's writer. One that has failed is of no more use: another takes its place."""
+
+        def attempt() -> None:
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self._output / "tensorboard"), purge_step=self._purge)
+                self._purge = None
+            write(self._writer)
+
+        if not self.attempt("tensorboard", attempt):
+            self._writer = None
 
     def say(self, text: str) -> None:
         """A line for the person who watches."""
@@ -59,8 +99,7 @@ class RunLog:
             self._console.print(text, highlight=False, soft_wrap=True)
 
     def text(self, tag: str, text: str) -> None:
-        if self._writer is not None:
-            self._writer.add_text(tag, text)
+        self._events(lambda writer: writer.add_text(tag, text))
 
     def moved(self, step: int) -> None:
         """Advance the progress bar."""
@@ -69,13 +108,14 @@ class RunLog:
 
     def scalars(self, step: int, values: Mapping[str, float], headline: str | None = None) -> None:
         """Write scalars; with a headline, show it as well."""
-        if self._writer is not None:
+
+        def write(writer: SummaryWriter) -> None:
             for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
-        if self._lines is not None:
-            record = {"step": step, "time": round(time.time(), 3), **values}
-            self._lines.write(json.dumps(record) + "\n")
-            self._lines.flush()
+                writer.add_scalar(tag, value, step)
+
+        self._events(write)
+        record = {"step": step, "time": round(time.time(), 3), **values}
+        self.attempt("metrics.jsonl", lambda: append_line(self._output / "metrics.jsonl", json.dumps(record)))
         if headline is not None and self._progress is not None:
             self._progress.update(self._progress.task_ids[0], description=headline)
         elif headline is not None:
@@ -85,16 +125,16 @@ class RunLog:
         self, step: int, tag: str, counts: Tensor, low: float, high: float, sums: tuple[float, float]
     ) -> None:
         """counts (HISTOGRAM_BINS,) of equal bins over [low, high]; sums: of the values and of their squares."""
-        if self._writer is None:
-            return
         edges = torch.linspace(low, high, len(counts) + 1).tolist()
-        self._writer.add_histogram_raw(
-            tag, low, high, int(counts.sum()), sums[0], sums[1], edges[1:], counts.tolist(), step
+        number = int(counts.sum())
+        self._events(
+            lambda writer: writer.add_histogram_raw(
+                tag, low, high, number, sums[0], sums[1], edges[1:], counts.tolist(), step
+            )
         )
 
     def figure(self, step: int, tag: str, figure: Any) -> None:
-        if self._writer is not None:
-            self._writer.add_figure(tag, figure, step)
+        self._events(lambda writer: writer.add_figure(tag, figure, step))
 
 
 def count_histogram(values: Tensor, low: float, high: float) -> Tensor:

@@ -17,6 +17,7 @@ from clustering.service import ClusterService
 from configs.load import to_dict, to_yaml
 from configs.schema import ConfigError, RunConfig
 from data.batch import Batch
+from data.files import appearing
 from data.loader import build_loader
 from partial_fc.collectives import all_reduce_
 from partial_fc.head import PartialFCHead
@@ -308,8 +309,10 @@ class Trainer:
         self._evaluate()
         hardest = None if self.service is None else self.service.easiest_and_hardest(5)
         if self.ranks.is_main:
-            torch.save(self.backbone.module.state_dict(), self.output / "backbone.pt")
+            with appearing([self.output / "backbone.pt"]) as (partial,), partial.open("wb") as file:
+                torch.save(self.backbone.module.state_dict(), file)  # a path would hide why it cannot be written
             if hardest is not None:
                 rows = [dataclasses.asdict(row) for row in hardest]
-                (self.output / "classes.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                with appearing([self.output / "classes.json"]) as (partial,):
+                    partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         self.log.say(f"done: weights in {self.output / 'backbone.pt'}, logs in {self.output / 'tensorboard'}")

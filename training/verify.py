@@ -21,7 +21,7 @@ from evaluation.pairs import PairEmbeddings, embed_pairs
 from evaluation.plots import save_png, verification_figure
 from training.distributed import Ranks
 from training.errors import TrainingError
-from training.metrics import RunLog
+from training.metrics import RunLog, append_line
 
 
 class _Set(NamedTuple):
@@ -76,13 +76,13 @@ class Verification:
     def _tell(self, name: str, result: pairs_of_faces.Verification, step: int, log: RunLog, output: Path) -> None:
         values = result.values()
         log.scalars(step, {f"verification/{name}/{key}": value for key, value in values.items()})
-        with (output / "verification.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "set": name, **values}) + "\n")
+        line = json.dumps({"step": step, "set": name, **values})
+        log.attempt("verification.jsonl", lambda: append_line(output / "verification.jsonl", line))
         shown = self._shown.setdefault(name, {})
         title = "untrained" if step == 0 else f"step {step}"
         self._shown[name] = dict([*list(shown.items())[:1], (title, result)])
         figure = verification_figure(self._shown[name], title=f"{name}: {len(result.same_P)} pairs")
-        save_png(figure, output / f"roc_{name}.png")
+        log.attempt(f"roc_{name}.png", lambda: save_png(figure, output / f"roc_{name}.png"))
         log.figure(step, f"verification/{name}", figure)
         tars = ", ".join(f"{key} {100 * value:.1f}%" for key, value in values.items() if key.startswith("tar"))
         log.say(f"step {step}: {name} accuracy {100 * result.accuracy:.2f}% ± {100 * result.accuracy_std:.2f}%, {tars}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training.metrics
-from training.metrics import HISTOGRAM_BINS, RunLog, count_histogram
+from training.metrics import HISTOGRAM_BINS, RunLog, append_line, count_histogram
 
 
 def _log(output: Path, first_step: int = 0, *, active: bool = True) -> RunLog:
@@ -81,3 +83,45 @@ def test_histograms_count_every_value_and_add_up() -> None:
     assert whole[HISTOGRAM_BINS - 1] == 3
     assert whole[HISTOGRAM_BINS].item() == pytest.approx(values.double().sum().item())
     assert whole[HISTOGRAM_BINS + 1].item() == pytest.approx(values.double().square().sum().item())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_what_cannot_be_written_is_said_once_and_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder goes, a full disk stands in for the lines' file, and both come back."""
+    log = _log(tmp_path / "run")
+    log.scalars(1, {"loss/total": 1.0})
+    log._writer.flush()  # type: ignore[union-attr]
+    shutil.rmtree(tmp_path / "run")
+    for step in (2, 3):
+        log.scalars(step, {"loss/total": 1.0})
+        log.histogram(step, "clusters/margins", torch.zeros(HISTOGRAM_BINS), 0.0, 1.0, (0.0, 0.0))
+        with contextlib.suppress(OSError):
+            if log._writer is not None:
+                log._writer.flush()
+    told = capsys.readouterr().err
+    assert told.count("metrics.jsonl: cannot write it ([Errno 2] No such file or directory") == 1
+    assert told.count("tensorboard: cannot write it ([Errno 2]") <= 1
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "metrics.jsonl").unlink(missing_ok=True)
+    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    log.scalars(4, {"loss/total": 1.0})
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    for step in (5, 6):
+        log.scalars(step, {"loss/total": float(step)}, "loss")
+    log.close()
+    assert "metrics.jsonl: it can be written again" in capsys.readouterr().err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 6]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss/total")][-2:] == [5, 6]
+
+
+def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"st')
+    append_line(path, '{"step": 2}')
+    append_line(path, '{"step": 3}')
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"st', '{"step": 2}', '{"step": 3}']
