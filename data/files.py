@@ -40,28 +40,52 @@ def appearing(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def find_all(places: Sequence[Path], suffix: str) -> list[Path]:
-    """Files as they are named, and in their place the files of a folder that end with `suffix`, sorted.
+    """Files as they are named, and in their place those of a folder that end with `suffix`, sorted, less hidden ones.
 
-    Raises DataError where there is none.
+    Raises DataError where there is none, or what has such a name is no file.
     """
     found: list[Path] = []
     for place in places:
         of_it = [place]
         try:
             if place.is_dir():
-                of_it = sorted(path for path in place.iterdir() if path.name.endswith(suffix))
+                of_it = sorted(path for path in place.iterdir() if _is_shown(path, suffix))
         except OSError as error:
             raise DataError(f"{place}: cannot read it ({error.strerror})") from None
-        if not of_it or not of_it[0].is_file():
+        if not of_it or (of_it == [place] and not place.is_file()):
             raise DataError(f"{place}: expected a {suffix} file, or a folder of some, found none")
+        if odd := next((path for path in of_it if not path.is_file()), None):
+            raise DataError(f"{odd}: expected a {suffix} file, found a folder or a link to nothing: remove or mend it")
         found += of_it
     return found
 
 
+def _is_shown(path: Path, suffix: str) -> bool:
+    return path.name.endswith(suffix) and not path.name.startswith(".")
+
+
 def identified(paths: Sequence[Path]) -> list[str]:
-    """Each file by its path, size and time, to see that it is still the same."""
-    stats = [path.stat() for path in paths]
+    """Each file by its path, size and time, to see that it is still the same. Raises DataError for one not there."""
+    try:
+        stats = [path.stat() for path in paths]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot read it ({error.strerror})") from None
     return [f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in zip(paths, stats, strict=True)]
+
+
+def check_same(paths: Sequence[Path], identity: Sequence[str], numbers: Iterable[int] | None = None) -> None:
+    """Raise DataError when a file is not as `identified` saw it. numbers: of the files to look at; None: all."""
+    for number in range(len(paths)) if numbers is None else numbers:
+        path = paths[number]
+        try:
+            found = "" if identified([path]) == [identity[number]] else "changed"
+        except DataError:
+            found = "removed"
+        if found:
+            raise DataError(
+                f"{path}: expected the file that was there at the start, but it was {found} while it was packed: let "
+                "it be and give the same command again, which begins anew"
+            )
 
 
 def read_spans(paths: Sequence[Path], spans: Iterable[Sequence[int]]) -> Iterator[bytes]:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
+from data.files import check_same
 from data.sources import encode_file
 
 Ints = npt.NDArray[np.int64]
@@ -72,18 +73,25 @@ class ListSource:
     identity: Sequence[str]
 
     def encode(self, wanted: Ints) -> list[bytes | DataError]:
-        """Of rows as `read_list` gives them. Raises DataError for a link that leads out of `root`."""
+        """Of rows as `read_list` gives them. Raises DataError for another list, or a link that leads out of `root`."""
+        self.check()
         root, folders = os.path.realpath(self.root), dict[str, str]()
-        with self.path.open("rb") as file:
-            encoded = []
-            for number, begin, length in wanted.tolist():
-                file.seek(begin)
-                encoded.append(self._encode_one(number, file.read(length), root, folders))
+        encoded = []
+        try:
+            with self.path.open("rb") as file:
+                for number, begin, length in wanted.tolist():
+                    file.seek(begin)
+                    encoded.append(self._encode_one(number, file.read(length), root, folders))
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot read it ({error.strerror})") from None
         return encoded
 
     def listing(self) -> Iterator[str]:
         yield str(self.root.absolute())
         yield from self.identity
+
+    def check(self) -> None:
+        check_same([self.path], self.identity)
 
     def _encode_one(self, number: int, name: bytes, root: str, folders: dict[str, str]) -> bytes | DataError:
         where = f"{self.path}: line {number}: {name.decode(errors='replace')!r:.300}"

@@ -165,7 +165,9 @@ def encode_all(encoder: Encoder, source: Source, wanted: Rows) -> Iterator[bytes
     """Encoded images of the rows of `wanted`. Raises DataError when one cannot be had."""
     for image in encoder.encode(source, wanted):
         if isinstance(image, DataError):
-            raise DataError(f"{image} (repair or remove it: a pair needs both of its images)")
+            raise DataError(
+                f"{image} (repair it in place: a pair needs both of its images, and without this one all begins anew)"
+            )
         yield image
 
 

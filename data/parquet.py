@@ -6,7 +6,7 @@ Needs pyarrow, the extra `parquet` of this package. Rows are (file, row group, r
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
-from data.files import identified
+from data.files import check_same, identified
 from data.sources import encode_image
 
 Ints = npt.NDArray[np.int64]
@@ -24,6 +24,8 @@ _BATCH = 64
 """Images that are decoded at a time."""
 _LABELS = 1 << 16
 """Labels that are read at a time."""
+_MOST_NAME = 1000
+"""Characters of a label."""
 _BUFFER = 1 << 20
 """Bytes of a column that are read at a time."""
 
@@ -47,7 +49,8 @@ class ParquetSource:
     identity: Sequence[str]
 
     def encode(self, wanted: Ints) -> list[bytes | DataError]:
-        """Raises DataError when a file cannot be read."""
+        """Raises DataError when a file cannot be read, or is another one."""
+        self.check(np.unique(wanted[:, 0]).tolist())
         encoded: list[bytes | DataError] = [b""] * len(wanted)
         cursor = _cursor_of(self)
         for place in np.lexsort(wanted.T[::-1]).tolist():  # each batch once
@@ -59,6 +62,9 @@ class ParquetSource:
         yield from self.identity
         yield self.column
 
+    def check(self, numbers: Iterable[int] | None = None) -> None:
+        check_same(self.paths, self.identity, numbers)
+
     def where(self, file: int, group: int, row: int) -> str:
         """A row, for messages."""
         return f"{self.paths[file]}: row {row} of row group {group}"
@@ -66,6 +72,7 @@ class ParquetSource:
     def cells(self, file: int, group: int) -> Iterator[Any]:
         """Batches of a row group: arrays of bytes. Raises DataError."""
         path = self.paths[file]
+        self.check([file])
         with _readable(path):
             parquet = _open(path)
             kind = _image_type(path, parquet, self.column)
@@ -76,7 +83,11 @@ class ParquetSource:
 
 
 class Cursor:
-    """Reads rows in ascending order at no more than one pass over each row group; keeps one batch."""
+    """Reads rows in ascending order; keeps one batch.
+
+    One cursor passes over each row group once at most. Each worker has one and reads a group up to the rows it is
+    given, so among W workers a group of many tasks is decoded up to W times.
+    """
 
     def __init__(self, source: ParquetSource) -> None:
         self.source = source
@@ -130,6 +141,7 @@ def read_table(paths: Sequence[Path], *, image_column: str, label_column: str) -
     rows, labels = [], []
     known: dict[str, int] = {}
     kinds, groups = set(), 0
+    identity = tuple(identified(paths))  # before they are read, so that no change is missed
     for number, path in enumerate(paths):
         with _readable(path):
             parquet = _open(path)
@@ -150,8 +162,9 @@ def read_table(paths: Sequence[Path], *, image_column: str, label_column: str) -
     label_N = np.concatenate(labels)
     names = sorted(known)
     if names:
-        label_N = np.argsort(np.argsort(list(known)))[label_N]
-    source = ParquetSource(paths=tuple(paths), column=image_column, identity=tuple(identified(paths)))
+        rank = {name: number for number, name in enumerate(names)}
+        label_N = np.array([rank[name] for name in known], np.int64)[label_N]
+    source = ParquetSource(paths=tuple(paths), column=image_column, identity=identity)
     return Table(source, np.concatenate(rows), label_N, names, groups)
 
 
@@ -163,6 +176,7 @@ def jumps(rows: Ints) -> int:
 
 def _labels(path: Path, parquet: Any, group: int, column: str, known: dict[str, int]) -> Iterator[Ints]:
     arrow = _pyarrow()
+    start = 0
     for batch in parquet.iter_batches(_LABELS, row_groups=[group], columns=[column], use_threads=False):
         cells = batch.column(0)
         if arrow.types.is_dictionary(cells.type):
@@ -178,12 +192,20 @@ def _labels(path: Path, parquet: Any, group: int, column: str, known: dict[str, 
             yield values
             continue
         coded = cells.dictionary_encode()
+        code_N = np.asarray(coded.indices)
         names = coded.dictionary.to_pylist()
+        if long := [code for code, name in enumerate(names) if len(name) > _MOST_NAME]:
+            row = start + int(np.flatnonzero(np.isin(code_N, long))[0])
+            raise DataError(
+                f"{path}: row {row} of row group {group}: column {column}: expected a name of {_MOST_NAME:,} "
+                f"characters at most, found {len(names[code_N[row - start]]):,}: is it the column of the labels?"
+            )
+        start += len(code_N)
         if bad := next((name for name in names if len(name.splitlines()) != 1), None):
             raise DataError(f"{path}: column {column}: expected names without line breaks, found {bad!r:.200}")
         if "" in names:
             raise DataError(f"{path}: row group {group}: column {column}: expected names, found an empty one")
-        yield np.array([known.setdefault(name, len(known)) for name in names], np.int64)[np.asarray(coded.indices)]
+        yield np.array([known.setdefault(name, len(known)) for name in names], np.int64)[code_N]
 
 
 def _image_type(path: Path, parquet: Any, column: str) -> str:

@@ -5,6 +5,7 @@ Whatever stops the work, the same job goes on at the last step of the journal, a
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -48,10 +49,14 @@ class PartialSet:
         self._spill = out / SPILL
         if not self._journal_path.exists():
             self._refuse_existing()
+        if out.exists() and not out.is_dir():
+            raise DataError(f"{out}: expected a folder, or nothing yet, found a file: name another with --out")
+        self._made = [folder for folder in (out, *out.parents) if not folder.exists()]
         try:
             out.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self._journal_path)
         except OSError as error:
+            self._remove_made()
             raise _cannot_write(error, out) from None
         self._journal = Journal(self._lock, self._place)
 
@@ -63,6 +68,7 @@ class PartialSet:
             if not (self._over or self.resumable):
                 self._clear()
                 self._journal_path.unlink(missing_ok=True)
+                self._remove_made()
         except OSError as error:
             raise _cannot_write(error, self.out) from None
         finally:
@@ -184,6 +190,12 @@ class PartialSet:
             raise DataError(
                 f"{self.out}: expected no set there, found {there[0]}: name another folder, or replace it with --force"
             )
+
+    def _remove_made(self) -> None:
+        """Folders that were made for nothing, unless somebody wrote into them."""
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
 
     def _clear(self) -> None:
         for name in (*self._names, *self._others):

@@ -21,8 +21,8 @@ IMAGE_SIZE = 112
 """Height and width in pixels of what the field trains on."""
 RESIZE_RULE = (
     "JPEG and PNG images that are 112x112 and 8-bit RGB or grey are packed untouched. Any other is turned "
-    "upright by its EXIF orientation, converted to RGB, scaled with a bicubic filter so that it just covers 112x112, "
-    "cropped about its centre, and packed as JPEG of quality 95 without colour subsampling."
+    "upright by its EXIF orientation, converted to 8-bit RGB, scaled with a bicubic filter so that it just covers "
+    "112x112, cropped about its centre, and packed as JPEG of quality 95 without colour subsampling."
 )
 _QUALITY = 95
 _SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -40,6 +40,9 @@ class Source(Protocol):
 
     def listing(self) -> Iterator[str]:
         """What it reads, by which a job that goes on is told from another one."""
+
+    def check(self) -> None:
+        """Raise DataError when a file that says which images there are is no longer the one that was read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +70,9 @@ class SyntheticSource:
 
     def listing(self) -> Iterator[str]:
         yield repr(self)
+
+    def check(self) -> None:
+        """Nothing is read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +118,9 @@ class FolderSource:
         for name, files in zip(self.names, self.files, strict=True):
             yield "/".join((name, *files))
 
+    def check(self) -> None:
+        """The names are in memory."""
+
     def _encode_one(self, identity: int, image: int) -> bytes | DataError:
         return encode_file(self.folder / self.names[identity] / self.files[identity][image])
 
@@ -150,12 +159,27 @@ def encode_image(content: bytes) -> bytes:
             if image.size == (IMAGE_SIZE, IMAGE_SIZE) and image.mode in ("RGB", "L"):
                 check_image(content, (IMAGE_SIZE, IMAGE_SIZE))  # PIL passes over damage that training refuses
                 return content
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _rgb(ImageOps.exif_transpose(image))
             fitted = ImageOps.fit(upright, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)
     except UnidentifiedImageError:
         raise ValueError("expected a JPEG or PNG image, found something else") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # whatever PIL's decoders raise
-        raise ValueError(f"expected a JPEG or PNG image: {' '.join(str(error).split())}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # PIL's decoders raise many kinds, and struct.error, TypeError and others for EXIF
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"expected a JPEG or PNG image that can be read whole: {said:.300}") from None
     encoded = io.BytesIO()
     fitted.save(encoded, "JPEG", quality=_QUALITY, subsampling=0)
     return encoded.getvalue()
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB. Of 16 bits the upper 8, as `decode_image` takes them; PIL's `convert` would clip them to white."""
+    if image.mode == "F":
+        raise ValueError("expected pixels of 8 or 16 bits, found fractions")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        deep = np.asarray(image)
+        if deep.min(initial=0) < 0 or deep.max(initial=0) >= 1 << 16:
+            raise ValueError(f"expected pixels of 8 or 16 bits, found {deep.min()} to {deep.max()}")
+        image = Image.fromarray((deep >> 8).astype(np.uint8))
+    return image.convert("RGB")

@@ -58,6 +58,9 @@ class SpilledSource:
     def listing(self) -> Iterator[str]:
         yield from self.origin.listing()
 
+    def check(self) -> None:
+        self.origin.check()
+
     def fill(self, rows: Ints, file_N: Ints, say: Callable[[str], None]) -> Iterator[int]:
         """Set aside the images at `rows` (N, 3), ascending, in the files `file_N`, and yield the number of each.
 

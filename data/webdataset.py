@@ -6,25 +6,26 @@ Read in place, never unpacked: names are only compared, and no path of a tar fil
 from __future__ import annotations
 
 import io
-import re
 import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
-from data.files import read_spans
+from data.files import check_same, read_spans
 from data.sources import encode_image
 
 SHARD_IMAGES = 10_000
 _SUFFIXES = {b"\xff\xd8": "jpg", b"\x89P": "png"}
 _CLASS_BYTES = 20
-_TAR = re.compile(r".*\.tar")
+_CRAFTED = (ValueError, OverflowError, MemoryError, RecursionError)
+"""What heads make Python's reader raise when somebody wrote them so: absurd sizes, names within names."""
 
 
 def write_shards(folder: Path, images: Iterable[tuple[int, bytes]], *, per_shard: int = SHARD_IMAGES) -> list[Path]:
@@ -49,19 +50,11 @@ def write_shards(folder: Path, images: Iterable[tuple[int, bytes]], *, per_shard
     return paths
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """The tar files of a folder, sorted. Raises DataError when there is none."""
-    paths = sorted(path for path in folder.iterdir() if _TAR.fullmatch(path.name)) if folder.is_dir() else []
-    if not paths:
-        raise DataError(f"{folder}: expected .tar files in it, found none")
-    return paths
-
-
 class Shards:
     """Where each image of some shards lies, and its class."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Reads all heads. Raises DataError for a file that is no tar, an image without a class, or the other way."""
+        """Reads all heads. Raises DataError for a file that is no tar, or a key without exactly one image and class."""
         self.paths = paths
         rows = {name: array("q") for name in ("shard", "offset", "size", "label")}
         for number, path in enumerate(paths):
@@ -87,7 +80,8 @@ class ShardSource:
     identity: Sequence[str]
 
     def encode(self, wanted: npt.NDArray[np.int64]) -> list[bytes | DataError]:
-        """Raises DataError when a shard is no longer there."""
+        """Raises DataError when a shard is no longer there, or another one."""
+        self.check(np.unique(wanted[:, 0]).tolist())
         encoded: list[bytes | DataError] = []
         try:
             for row, content in zip(wanted.tolist(), read_spans(self.paths, wanted.tolist()), strict=True):
@@ -102,6 +96,9 @@ class ShardSource:
     def listing(self) -> Iterator[str]:
         yield from self.identity
 
+    def check(self, numbers: Iterable[int] | None = None) -> None:
+        check_same(self.paths, self.identity, numbers)
+
 
 def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
     """(offset, bytes, class) of every image of a shard, in the order of the images."""
@@ -110,25 +107,50 @@ def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             end = file.seek(0, io.SEEK_END)
-            for member in tar:
-                key, dot, suffix = member.name.rpartition("/")[2].partition(".")
-                if not member.isfile() or not dot:
-                    continue
-                key = member.name[: len(member.name) - len(suffix) - 1]
-                if suffix.lower() in ("jpg", "jpeg", "png"):
+            for member, key, suffix in _keyed(tar, file):
+                if suffix in ("jpg", "jpeg", "png"):
                     if member.offset_data + member.size > end:
                         raise DataError(f"{path}: {member.name}: ends behind the file: it was cut, copy it again")
+                    if key in images:
+                        raise _doubled(path, key, member.name, "image")
                     images[key] = (member.offset_data, member.size)
-                elif suffix.lower() == "cls":
+                elif suffix == "cls":
+                    if key in classes:
+                        raise _doubled(path, key, member.name, ".cls file")
                     file.seek(member.offset_data)
                     text = file.read(min(member.size, _CLASS_BYTES)).decode("ascii", "replace").strip()
                     if not (text.isascii() and text.isdigit() and len(text) < 16):
                         raise DataError(f"{path}: {member.name}: expected a class number, found {text!r}")
                     classes[key] = int(text)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise DataError(f"{path}: cannot read it as an uncompressed tar file ({error})") from None
+    except DataError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, *_CRAFTED) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: cannot read it as an uncompressed tar file ({said:.300})") from None
     if odd := sorted(images.keys() ^ classes.keys()):
         lacks = "an image" if odd[0] in classes else "a .cls file"
         raise DataError(f"{path}: {odd[0]} lacks {lacks}: expected both for each of {len(images | classes)} keys")
     for key, (offset, size) in images.items():
         yield offset, size, classes[key]
+
+
+def _keyed(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """Files with their key and suffix, in small letters. Raises ReadError for damage that tarfile takes for the end."""
+    place = -1
+    for member in tar:
+        if member.size < 0 or member.offset <= place:
+            raise tarfile.ReadError("a size below 0")  # which would lead back, and round for ever
+        place = member.offset
+        _, dot, suffix = member.name.rpartition("/")[2].partition(".")
+        if member.isfile() and dot:
+            yield member, member.name[: len(member.name) - len(suffix) - 1], suffix.lower()
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"damaged or cut at byte {tar.offset}: copy it again")
+
+
+def _doubled(path: Path, key: str, name: str, kind: str) -> DataError:
+    return DataError(
+        f"{path}: {key!s:.300}: expected one {kind} for each key, found a second one, {name!s:.300}: write the tar "
+        "file anew with a key for each image"
+    )

@@ -13,17 +13,17 @@ import numpy as np
 from rich.console import Console
 
 from data.commands.arguments import shown, whole
+from data.commands.numbering import classes_of, origins_text
 from data.decode import declared_size
 from data.errors import DataError
+from data.files import find_all
 from data.places import Folder, is_address, where
 from data.records import RecordSet
 from data.rewrite import refuse_source, write_set
-from data.webdataset import SHARD_IMAGES, Shards, find_shards, write_shards
+from data.webdataset import SHARD_IMAGES, Shards, write_shards
 
 _SHARD = re.compile(r"[0-9]{6}\.tar")
 """Names of ours: others' tar files are left alone."""
-_MOST_EMPTY = 100
-"""Times as many classes as images: more are numbers of another kind."""
 
 
 def add(commands: Any) -> None:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _to_shards(args: argparse.Namespace, console: Console) -> None:
     records = RecordSet.open(args.source)
-    there = [path for path in find_shards(args.out) if _SHARD.fullmatch(path.name)] if _has_shards(args.out) else []
+    there = sorted(path for path in args.out.iterdir() if _SHARD.fullmatch(path.name)) if args.out.is_dir() else []
     if there and not args.force:
         raise DataError(
             f"{args.out}: expected no shards there, found {there[0].name}: name another folder, or use --force"
@@ -76,23 +76,10 @@ def _to_shards(args: argparse.Namespace, console: Console) -> None:
     print(f"{args.out}: {records.num_samples} images of {records.num_classes} identities in {len(shards)} shards")
 
 
-def _has_shards(folder: Path) -> bool:
-    return folder.is_dir() and any(_SHARD.fullmatch(path.name) for path in folder.iterdir())
-
-
 def _to_records(args: argparse.Namespace, console: Console) -> None:
-    shards = Shards(find_shards(args.source))
-    labels, texts = shards.labels, {}
-    if args.renumber:
-        used, labels = np.unique(labels, return_inverse=True)
-        rows = "".join(f"{label},{old}\n" for label, old in enumerate(used.tolist()))
-        texts["labels.csv"] = f"label,old_label\n{rows}"
-    classes = int(labels.max()) + 1
-    if classes > _MOST_EMPTY * len(labels):
-        raise DataError(
-            f"{args.source}: expected classes numbered from 0, found {classes - 1} among {len(labels)} images: number "
-            "them anew with --renumber"
-        )
+    shards = Shards(find_all([args.source], ".tar"))
+    classes = classes_of(str(args.source), shards.labels, renumber=args.renumber)
+    labels = np.searchsorted(classes, shards.labels)
     order = np.argsort(labels, kind="stable")
     size = declared_size(next(shards.images(order[:1].tolist())))
 
@@ -108,9 +95,9 @@ def _to_records(args: argparse.Namespace, console: Console) -> None:
     count = write_set(
         args.out,
         shown(images(), "images", len(order), console),
-        num_classes=classes,
+        num_classes=len(classes),
         image_size=size,
-        texts=texts,
+        texts=origins_text(classes) if args.renumber else {},
         force=args.force,
     )
-    print(f"{args.out}: {count} images of {classes} identities from {len(shards.paths)} shards")
+    print(f"{args.out}: {count} images of {len(classes)} identities from {len(shards.paths)} shards")

@@ -129,15 +129,16 @@ def _folder(args: argparse.Namespace) -> Plan:
 def _lst(args: argparse.Namespace) -> Plan:
     if not args.root.is_dir():
         raise DataError(f"{args.root}: expected the folder where the paths of {args.source} begin")
+    source = ListSource(path=args.source, root=args.root, identity=identified([args.source]))  # before it is read
     listed = read_list(args.source, args.columns)
-    source = ListSource(path=args.source, root=args.root, identity=identified([args.source]))
     images = Labelled(str(args.source), source, listed.rows, listed.labels)
     return labelled_set(images, verification_of(args), renumber=args.renumber)
 
 
 def _webdataset(args: argparse.Namespace) -> Plan:
-    shards = Shards(find_all(args.source, ".tar"))
-    source = ShardSource(paths=shards.paths, identity=identified(shards.paths))
+    paths = find_all(args.source, ".tar")
+    source = ShardSource(paths=paths, identity=identified(paths))  # before they are read
+    shards = Shards(paths)
     images = Labelled(str(args.source[0]), source, shards.rows, shards.labels)
     return labelled_set(images, verification_of(args), renumber=args.renumber)
 

@@ -26,6 +26,12 @@ _SET = (REC, "property", *SIDE_FILES, "verification.bin", IDX)
 """What may be in the folder of a set and is of it."""
 
 
+_ADVICE = (
+    "repair it in place, or leave such images out with --skip-bad, and pack goes on from here; once an image is added "
+    "or removed, or a list, tar or parquet file edited, it begins anew"
+)
+
+
 class Options(NamedTuple):
     """workers: processes; force: replace a set that is there; skip_bad: name images that do not decode and go on."""
 
@@ -49,7 +55,7 @@ def pack_set(out: Path, training: Training, held_out: HeldOut | None, options: O
 
     def on_bad(error: DataError) -> None:
         if not options.skip_bad:
-            raise DataError(f"{error} (repair or remove it, or leave such images out with --skip-bad)")
+            raise DataError(f"{error} ({_ADVICE})")
         say(f"left out: {error}", "yellow")
 
     with PartialSet(out, names, _SET, force=options.force) as partial:
@@ -69,6 +75,8 @@ def pack_set(out: Path, training: Training, held_out: HeldOut | None, options: O
                     partial.write_records(told, training.labels, training.num_classes, on_bad)
                     if held_out is not None:
                         _write_pairs(partial.path("verification.bin"), encoder, held_out, console)
+                for source in sources:
+                    source.check()
             partial.appear()
         except KeyboardInterrupt:
             if partial.resumable:

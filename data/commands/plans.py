@@ -12,14 +12,13 @@ import cv2
 import numpy as np
 import PIL
 
+from data.commands.numbering import classes_of, origins_text
 from data.errors import DataError
 from data.pack import Rows, every_image
 from data.pairs import Pairs, draw_pairs
 from data.sources import FolderSource, Source, SyntheticSource
 from data.synthetic import plan_samples
 
-MOST_EMPTY = 100
-"""Times as many classes as images: more are numbers of another kind."""
 Say = Callable[[str], None]
 
 
@@ -126,7 +125,10 @@ def labelled_set(images: Labelled, verification: Verification, *, renumber: bool
     without images. Raises DataError when labels are too few, or no numbers of classes.
     """
     used = np.unique(images.labels)
-    classes = used if renumber else np.arange(_class_count(images))
+    if images.names:
+        classes = np.arange(len(images.names))
+    else:
+        classes = classes_of(images.where, images.labels, renumber=renumber)
     held_out = _drawn(images.where, used, verification)
     classes = np.setdiff1d(classes, held_out, assume_unique=True)
     order = np.argsort(images.labels, kind="stable")
@@ -136,8 +138,7 @@ def labelled_set(images: Labelled, verification: Verification, *, renumber: bool
     if images.names:
         texts["identities.txt"] = "".join(f"{images.names[label]}\n" for label in classes.tolist())
     elif renumber or len(held_out):
-        rows = "".join(f"{label},{old}\n" for label, old in enumerate(classes.tolist()))
-        texts["labels.csv"] = f"label,old_label\n{rows}"
+        texts = origins_text(classes)
     training = Training(images.source, images.rows[order], labels, len(classes), texts)
     if not len(held_out):
         return training, None
@@ -164,18 +165,6 @@ def stamp_of(training: Training, held_out: HeldOut | None) -> str:
         add(repr(rows.shape).encode())
         digest.update(np.ascontiguousarray(rows).data)
     return digest.hexdigest()
-
-
-def _class_count(images: Labelled) -> int:
-    if images.names:
-        return len(images.names)
-    largest = int(images.labels.max())
-    if largest >= MOST_EMPTY * len(images.labels):
-        raise DataError(
-            f"{images.where}: expected classes numbered from 0, found {largest} among {len(images.labels)} images: "
-            "number them anew with --renumber"
-        )
-    return largest + 1
 
 
 def _drawn(where: str, used: Rows, verification: Verification) -> Rows:

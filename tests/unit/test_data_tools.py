@@ -17,9 +17,10 @@ import pytest
 from data import checksums, shuffling
 from data.__main__ import main
 from data.errors import DataError
+from data.files import find_all
 from data.pack import write_records
 from data.records import RecordSet
-from data.webdataset import Shards, find_shards
+from data.webdataset import Shards
 from tests.image_cases import jpeg
 
 COUNTS = (4, 1, 6, 0, 3, 2)
@@ -265,7 +266,12 @@ def test_shuffling_a_set_whose_last_classes_have_no_image(tmp_path: Path) -> Non
 def test_to_shards_and_back(tmp_path: Path) -> None:
     folder, shards, back = _set(tmp_path / "a"), tmp_path / "s", tmp_path / "b"
     assert main(["convert", str(folder), "--out", str(shards), "--shard-images", "5"]) == 0
-    assert [path.name for path in find_shards(shards)] == ["000000.tar", "000001.tar", "000002.tar", "000003.tar"]
+    assert [path.name for path in find_all([shards], ".tar")] == [
+        "000000.tar",
+        "000001.tar",
+        "000002.tar",
+        "000003.tar",
+    ]
     with tarfile.open(shards / "000001.tar") as tar:  # another reader
         names = tar.getnames()
         file = tar.extractfile("000000005.jpg")
@@ -303,7 +309,7 @@ def test_shards_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     _tar(folder / "y.tar", {"1.seg.png": b"", "1.JPG": jpeg(3), "1.cls": b"x"})
     assert "expected a class number" in _error(capsys, "convert", folder, "--out", tmp_path / "b")
     _tar(folder / "y.tar", {"5.jpg": jpeg(3), "5.cls": b"2"})
-    assert Shards(find_shards(folder)).labels.tolist() == [2, 0, 2]
+    assert Shards(find_all([folder], ".tar")).labels.tolist() == [2, 0, 2]
     assert main(["convert", str(folder), "--out", str(tmp_path / "b")]) == 0
     assert _contents(tmp_path / "b") == [(0, jpeg(2)), (2, jpeg(1)), (2, jpeg(3))]
     assert not (tmp_path / "q.jpg").exists(), "nothing is unpacked"
@@ -320,5 +326,5 @@ def test_shards_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "uncompressed tar" in _error(capsys, "convert", folder, "--out", tmp_path / "c")
     for path in folder.iterdir():
         path.unlink()
-    assert "expected .tar files" in _error(capsys, "convert", folder, "--out", tmp_path / "c")
+    assert "expected a .tar file, or a folder of some" in _error(capsys, "convert", folder, "--out", tmp_path / "c")
     assert list((tmp_path / "c").iterdir()) == [], "nothing is left of what failed"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import struct
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from data.sources import encode_image
+from data.decode import decode_image
+from data.sources import _rgb, encode_file, encode_image
 
 
 def _encode(image: Image.Image, kind: str, **settings: object) -> bytes:
@@ -55,3 +59,55 @@ def test_orientation_and_modes() -> None:
         content = _encode(picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode), "PNG")
         with Image.open(io.BytesIO(encode_image(content))) as image:
             assert (image.size, image.mode) == ((112, 112), "RGB")
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_16_bits_become_8_as_in_training(channels: int) -> None:
+    grey = np.arange(112 * 112).reshape(112, 112).astype(np.uint16) * 5
+    deep = np.dstack([grey, grey[::-1], grey.T, grey][:channels])
+    content = cv2.imencode(".png", deep)[1].tobytes()
+    expected = decode_image(content, (112, 112))
+    with Image.open(io.BytesIO(content)) as image:
+        np.testing.assert_array_equal(np.asarray(_rgb(image)), expected)
+    larger = cv2.imencode(".png", deep.repeat(2, axis=0).repeat(2, axis=1))[1].tobytes()
+    got = decode_image(encode_image(larger), (112, 112)).astype(int)
+    assert np.abs(got - expected).mean() < 8
+    assert expected.std() > 40
+
+
+def test_pixels_that_have_no_scale() -> None:
+    wide = np.full((112, 112), 1000, np.int32)
+    np.testing.assert_array_equal(np.asarray(_rgb(Image.fromarray(wide))), 3)
+    for bad in (wide - 1001, wide << 10, wide.astype(np.float32)):
+        with pytest.raises(ValueError, match="expected pixels of 8 or 16 bits"):
+            _rgb(Image.fromarray(bad))
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value", "raised"),
+    [
+        (0x010E, 5, 0, AttributeError),
+        (0x011A, 1, 0, TypeError),
+        (0x011A, 6, 0xFFFFFFFF, struct.error),
+        (0x0201, 1, 0, struct.error),
+    ],
+)
+def test_broken_exif_is_a_bad_image(tmp_path: Path, tag: int, kind: int, value: int, raised: type[Exception]) -> None:
+    """An orientation and a tag of a kind that it cannot have, which PIL fails to write back."""
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", tag, kind, 1, value)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    content = _encode(_picture(150, 150), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(content)) as image, pytest.raises(raised):
+        ImageOps.exif_transpose(image)
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert "a.jpg: expected a JPEG or PNG image" in str(encode_file(tmp_path / "a.jpg"))
+
+
+@pytest.mark.parametrize("error", [struct.error("unpack requires"), TypeError("odd"), KeyError(), RecursionError()])
+def test_whatever_pil_raises_names_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(_: Image.Image) -> None:
+        raise error
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fails)
+    (tmp_path / "a.jpg").write_bytes(_encode(_picture(150, 150), "JPEG"))
+    assert "a.jpg: expected a JPEG or PNG image" in str(encode_file(tmp_path / "a.jpg"))

@@ -173,6 +173,15 @@ def test_an_error_keeps_what_is_done(tmp_path: Path, people: Path, capsys: pytes
     assert [records.image(sample)[1] for sample in range(COUNT)] == [jpeg(number) for number in range(COUNT)]
 
 
+def test_folders_made_for_nothing_are_removed(tmp_path: Path, people: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "theirs").mkdir()
+    for out in (tmp_path / "made" / "set", tmp_path / "theirs"):
+        assert main(["pack", "folder", str(people), "--out", str(out), "--workers", "1"]) == 2
+        assert "--skip-bad, and pack goes on from here; once an image is added" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["people", "theirs"]
+    assert not os.listdir(tmp_path / "theirs")
+
+
 def test_two_packs_do_not_write_into_one_folder(
     people: Path, stopped: tuple[Path, dict[str, bytes]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,7 +278,7 @@ def test_no_worker_outlives_the_command(tmp_path: Path, sent: signal.Signals) ->
     assert run.returncode == (-sent if sent == signal.SIGKILL else 130)
     assert sent == signal.SIGKILL or errors.splitlines()[-1].startswith("error: interrupted; ")
     _wait(lambda: not any(Path(f"/proc/{child}/exe").exists() for child in children))
-    assert not [name for name in os.listdir(out) if not name.startswith(".")]
+    assert not out.exists() or not [name for name in os.listdir(out) if not name.startswith(".")]
 
 
 def _wait(until: Callable[[], bool]) -> None:

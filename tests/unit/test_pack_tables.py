@@ -123,6 +123,10 @@ def test_parquet_with_images_that_cannot_be_had(
     ("columns", "said"),
     [
         ({"image": [b""]}, "expected a column label, found image"),
+        (
+            {"image": [b"x"] * 4, "label": ["a", "b" * 1000, "a", "c" * 1001]},
+            "a.parquet: row 3 of row group 0: column label: expected a name of 1,000 characters at most, found 1,001",
+        ),
         ({"image": ["a.jpg"], "label": [0]}, "column image: expected bytes, or a struct with `bytes`, found string"),
         ({"image": [{"path": "a"}], "label": [0]}, "column image: expected bytes, or a struct with `bytes`"),
         ({"image": [{"bytes": 3}], "label": [0]}, "column image: expected bytes, or a struct with `bytes`"),
@@ -174,9 +178,9 @@ def test_without_pyarrow(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
 # ---- shards --------------------------------------------------------------------------------------------------------
 
 
-def _shard(path: Path, files: dict[str, bytes]) -> None:
+def _shard(path: Path, files: dict[str, bytes] | Sequence[tuple[str, bytes]]) -> None:
     with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
+        for name, content in files.items() if isinstance(files, dict) else files:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -214,3 +218,68 @@ def test_shards_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "a.tar" in _refused(capsys, "webdataset", out, tmp_path)
     (tmp_path / "a.tar").write_bytes(b"no tar" * 500)
     assert "uncompressed tar" in _refused(capsys, "webdataset", out, tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("again", [("a/x.jpg", "a/x.jpg"), ("a/x.png", "a/x.png"), ("a/x.cls", "a/x.cls")])
+def test_shards_with_a_key_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str], again: tuple[str, str]) -> None:
+    name, shown = again
+    content = b"1" if name.endswith(".cls") else jpeg(1)
+    _shard(tmp_path / "a.tar", [("a/x.jpg", jpeg(0)), ("a/x.cls", b"0"), ("x.jpg", jpeg(2)), ("x.cls", b"1")])
+    assert _pack("webdataset", tmp_path / "good", tmp_path / "a.tar") == 0, "in folders of their own"
+    _shard(tmp_path / "a.tar", [("a/x.jpg", jpeg(0)), ("a/x.cls", b"0"), (name, content)])
+    for command in ("webdataset", "convert"):
+        if command == "convert":
+            assert main(["convert", str(tmp_path), "--out", str(tmp_path / "c")]) == 2
+            error = capsys.readouterr().err
+        else:
+            error = _refused(capsys, "webdataset", tmp_path / "set", tmp_path)
+        assert f"a.tar: a/x: expected one {'.cls file' if content == b'1' else 'image'} for each key" in error
+        assert shown in error
+
+
+def test_hidden_tar_files_and_what_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _shard(tmp_path / "0.tar", {"a.jpg": jpeg(0), "a.cls": b"0"})
+    (tmp_path / "._0.tar").write_bytes(b"what macOS leaves")
+    assert _pack("webdataset", tmp_path / "set", tmp_path) == 0
+    assert main(["convert", str(tmp_path), "--out", str(tmp_path / "converted")]) == 0
+    (tmp_path / "1.tar").symlink_to(tmp_path / "away")
+    assert "1.tar: expected a .tar file, found a folder or a link to nothing" in _refused(
+        capsys, "webdataset", tmp_path / "other", tmp_path
+    )
+
+
+def _claims(size: bytes, kind: bytes = b"0", name: bytes = b"a.json") -> bytes:
+    """A tar file of one head that claims a size."""
+    head = bytearray(name.ljust(100, b"\0") + b"0000644\0" * 3 + size + b"00000000000\0" + b" " * 8 + kind)
+    head = head.ljust(512, b"\0")
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head) + bytes(1024)
+
+
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x", b"g", b"S", b"K"])
+def test_absurd_sizes_in_a_tar_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: bytes) -> None:
+    sizes = [b"\x80" + b"\x7f" * 11, b"\xff" * 10 + b"\xfe\0", b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7]
+    for size in (*sizes, b"77777777777\0", b"-0000000001\0", b"99999999999\0", b"\xff" * 12):
+        for name in (b"a.json", b"a.jpg", b"a.cls"):
+            (tmp_path / "a.tar").write_bytes(_claims(size, kind, name))
+            assert "tar" in _refused(capsys, "webdataset", tmp_path / "set", tmp_path / "a.tar")
+
+
+def test_names_within_names_in_a_tar_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = _claims(b"00000001000\0", b"L")[:512]
+    (tmp_path / "a.tar").write_bytes((head + b"a.jpg".ljust(512, b"\0")) * 3000)
+    assert "a.tar" in _refused(capsys, "webdataset", tmp_path / "set", tmp_path / "a.tar")
+
+
+def test_a_damaged_head_is_not_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """tarfile would stop there without a word."""
+    files = [
+        pair for number, name in enumerate("abc") for pair in ((f"{name}.jpg", jpeg(number)), (f"{name}.cls", b"0"))
+    ]
+    _shard(tmp_path / "a.tar", files)
+    data = (tmp_path / "a.tar").read_bytes()
+    place = data.index(b"b.jpg")
+    (tmp_path / "a.tar").write_bytes(data[:place] + b"B" + data[place + 1 :])
+    assert f"damaged or cut at byte {place}" in _refused(capsys, "webdataset", tmp_path / "set", tmp_path)
+    (tmp_path / "a.tar").write_bytes(data[: place + 100])
+    assert f"damaged or cut at byte {place}" in _refused(capsys, "webdataset", tmp_path / "set", tmp_path)
