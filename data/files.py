@@ -11,6 +11,15 @@ from pathlib import Path
 from data.errors import DataError
 
 
+def synced(path: Path) -> None:
+    """Until a file's content, or a folder's names, are on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def appearing(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Temporary names to write to, in the folders of `paths`, renamed to `paths` in that order at the end.
@@ -25,8 +34,7 @@ def appearing(paths: Sequence[Path]) -> Iterator[list[Path]]:
             path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         for name in partial:
-            with name.open("rb") as file:
-                os.fsync(file.fileno())
+            synced(name)
         if len(paths) > 1:
             paths[-1].unlink(missing_ok=True)
         for name, path in zip(partial, paths, strict=True):

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data.errors import DataError
+from data.files import synced
 from data.journal import Journal
 from data.pack import Encoded, Rows, SetWriter
 from data.recordio import RecordWriter
@@ -175,7 +176,7 @@ class PartialSet:
         for name in self._names:
             if self.path(name).exists():
                 self.path(name).replace(self.out / name)
-        _sync_folder(self.out)
+        synced(self.out)
         self._clear()
         self._journal_path.unlink()
         self._over = True
@@ -234,15 +235,6 @@ def _locked(path: Path) -> BinaryIO:
                 f"{path.parent}: another process packs into this folder: wait for it, or name another folder"
             ) from None
         file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Until the names in it are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(error: OSError, out: Path) -> DataError:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from data.files import synced
 from partial_fc.collectives import extremes
 from training.distributed import Ranks
 
@@ -27,14 +28,6 @@ _KEYS = {"step", "world_size"}
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing a part, damaged, or belongs to another kind of run."""
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class CheckpointFolder:
@@ -85,7 +78,7 @@ class CheckpointFolder:
         for name in there - mine:  # left by a run of more ranks that died while saving this step
             (partial / name).unlink()
         shutil.rmtree(final, ignore_errors=True)  # the same step of a run that was started over
-        _sync(partial)
+        synced(partial)
         partial.rename(final)
         self._point_latest_at(final)
         self._prune(final)
@@ -93,9 +86,9 @@ class CheckpointFolder:
     def _point_latest_at(self, final: Path) -> None:
         new = self.folder / f"{_LATEST}.new"
         new.write_text(final.name + "\n", encoding="utf-8")
-        _sync(new)
+        synced(new)
         new.replace(self.folder / _LATEST)
-        _sync(self.folder)
+        synced(self.folder)
 
     def _prune(self, newest: Path) -> None:
         for partial in self.folder.glob("step_*.partial"):
