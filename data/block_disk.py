@@ -31,7 +31,7 @@ class BlockDisk:
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._most = max(16, min(_MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
         self._lock = threading.Lock()
-        self._tasks: queue.SimpleQueue[tuple[Future[None], Callable[[], None]]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
         self._threads = 0
 
     def read(self, path: Path, offset: int, size: int) -> bytes | None:
@@ -67,10 +67,13 @@ class BlockDisk:
         return future
 
     def close(self) -> None:
-        """Close all files."""
+        """Close all files, and end the threads when they have done what was not cancelled."""
         with self._lock:
             descriptors = list(self._open.values())
             self._open.clear()
+            for _ in range(self._threads):
+                self._tasks.put(None)
+            self._threads = 0
         for descriptor in descriptors:
             os.close(descriptor)
 
@@ -102,8 +105,8 @@ class BlockDisk:
                 return
 
     def _work(self) -> None:
-        while True:
-            future, work = self._tasks.get()
+        while (task := self._tasks.get()) is not None:
+            future, work = task
             if future.set_running_or_notify_cancel():
                 try:
                     work()

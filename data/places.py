@@ -42,6 +42,9 @@ class Place(Protocol):
     def records(self, name: str) -> Records:
         """A record file, opened."""
 
+    def close(self) -> None:
+        """Let go of what all of its record files share."""
+
 
 class Folder:
     """A local folder."""
@@ -73,6 +76,9 @@ class Folder:
     def records(self, name: str) -> Records:
         """See `Place`."""
         return RecordReader(self._folder / name)
+
+    def close(self) -> None:
+        """See `Place`: nothing."""
 
 
 def is_address(where: Where) -> bool:

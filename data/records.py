@@ -117,6 +117,7 @@ class RecordSet:
         """Unmap the files."""
         for reader in self._readers:
             reader.close()
+        self._place.close()
 
     def _find_out(self, names: list[str], properties: Properties) -> tuple[Table, Samples]:
         """From the cache, if it has what these very files hold; else from the files."""

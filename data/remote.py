@@ -108,6 +108,10 @@ class Store:
         data: bytes = self._fs.cat_file(f"{self._base}/{name}", start=begin, end=end)
         return data
 
+    def close(self) -> None:
+        """Close the files of blocks, and end the threads that get them."""
+        self._disk.close()
+
     def _anew(self) -> dict[str, bool]:
         return {"refresh": True} if "s3" in self._fs.protocol else {}
 

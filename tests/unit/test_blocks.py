@@ -106,6 +106,14 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
     assert sorted(map(int, log.read_text().split())) == list(range(16))
 
 
+def _quiet(opened: Blocks) -> None:
+    """Wait until nothing is on its way."""
+    deadline = time.monotonic() + 10
+    while opened._coming:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_what_is_announced_is_got_meanwhile(opened: Blocks, far: Far) -> None:
     far.wait = threading.Event()
     opened.ahead(range(16))
@@ -117,7 +125,7 @@ def test_what_is_announced_is_got_meanwhile(opened: Blocks, far: Far) -> None:
     reader.join(10)
     assert not reader.is_alive()
     assert max(far.asked.values()) == 1
-    assert not opened._coming
+    _quiet(opened)
 
 
 def test_who_needs_a_block_does_not_wait_for_those_before_it(
@@ -126,8 +134,11 @@ def test_who_needs_a_block_does_not_wait_for_those_before_it(
     monkeypatch.setattr(block_disk, "_THREADS", 1)
     opened = _blocks(far, tmp_path)
     far.wait = threading.Event()
-    opened.ahead([0, 1, 2])  # 0 is on its way and hangs
-    time.sleep(0.05)
+    opened.ahead([0, 1, 2])
+    deadline = time.monotonic() + 10
+    while not far.asked[0]:  # until it is on its way, where it hangs
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(opened.read, 2 * BLOCK, 2 * BLOCK + 4)
         for _ in range(1000):
@@ -148,8 +159,7 @@ def test_failures_are_tried_again_and_then_said(opened: Blocks, far: Far) -> Non
     expected = (
         r"s3://far/train\.rec: bytes 192 … 256 did not come in 4 tries, .* ConnectionError: gone away: see whether"
     )
-    while opened._coming:
-        time.sleep(0.005)
+    _quiet(opened)
     far.fail = 4
     with pytest.raises(DataError, match=expected):
         opened.read(200, 210)
@@ -201,6 +211,18 @@ def test_few_files_are_open_at_a_time(far: Far, tmp_path: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) <= before + 3
     disk.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_threads_end_with_the_disk(tmp_path: Path) -> None:
+    disk, before = BlockDisk(tmp_path, 10**9), set(threading.enumerate())
+    futures = [disk.submit(lambda: None) for _ in range(40)]
+    mine = set(threading.enumerate()) - before
+    disk.close()
+    for thread in mine:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert mine
+    assert all(future.done() for future in futures)
 
 
 def test_a_process_ends_though_blocks_are_announced(tmp_path: Path) -> None:
