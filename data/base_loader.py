@@ -108,8 +108,8 @@ class RecordLoader(ABC):
     def _plans(self, epoch: int, starts: range) -> Iterator[Planned]:
         """Of each step; several are computed together, as a few numbers cost NumPy no less than a thousand."""
         together = max(1, _PLANNED // self._plan.batch_size)
-        for first in range(0, len(starts), together):
-            some = starts[first : first + together]
+        for begin in range(0, len(starts), together):
+            some = starts[begin : begin + together]
             samples_SB = self._plan.samples(epoch, some)
             if self._flip:
                 flips_SB = flips(samples_SB, seed=self._plan.order.seed, epoch=epoch)
@@ -117,7 +117,8 @@ class RecordLoader(ABC):
                 flips_SB = np.zeros(samples_SB.shape, np.bool_)
             for start, samples_B, flips_B in zip(some, samples_SB, flips_SB, strict=True):
                 if self._records.far:
-                    self._records.ahead(self._plan.coming(epoch, start, first=start == starts.start))
+                    first = start == starts.start
+                    self._records.ahead(self._plan.coming(epoch, start, samples_B, first=first))
                 yield Planned(samples_B, flips_B, None if self._augment.idle else self._augment.draw(samples_B, epoch))
 
     def _finish(self, draft: Draft, images_BHW3: Tensor) -> Batch:

@@ -20,7 +20,7 @@ from data.block_disk import BlockDisk, locked
 from data.errors import DataError
 
 BLOCK = 1 << 22
-"""Bytes: some 500 images, which an object store sends in about the time that it takes to answer at all."""
+"""Bytes: some 500 images."""
 _LOCKS = 64
 _TRIES = 4
 _PAUSE_S = 0.5

@@ -17,7 +17,7 @@ _Words = npt.NDArray[np.uint64]
 _PIECE = 1 << 22
 """Bytes at a time."""
 _THREADS, _AHEAD = 2, 4
-"""More do not help: what is left is making room in memory, one thread's work."""
+"""As many as were measured to help, on two cores."""
 _WORD = 8
 MOST_DIGITS = 2 * _WORD
 _FEW = 64

@@ -47,6 +47,16 @@ def appearing(paths: Sequence[Path]) -> Iterator[list[Path]]:
                 name.unlink()
 
 
+def refuse_existing(out: Path, names: Iterable[str], *, force: bool) -> None:
+    """Raise DataError where a set is, unless it may be replaced: one of `names`, or any record file."""
+    there = [name for name in names if (out / name).exists()]
+    there += sorted(path.name for path in out.glob("*.rec") if not path.name.startswith("."))  # one of several files
+    if there and not force:
+        raise DataError(
+            f"{out}: expected no set there, found {there[0]}: name another folder, or replace it with --force"
+        )
+
+
 def find_all(places: Sequence[Path], suffix: str) -> list[Path]:
     """Files as they are named, and in their place those of a folder that end with `suffix`, sorted, less hidden ones.
 

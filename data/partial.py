@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data.errors import DataError
-from data.files import synced
+from data.files import refuse_existing, synced
 from data.journal import Journal
 from data.pack import Encoded, Rows, SetWriter
 from data.recordio import RecordWriter
@@ -185,12 +185,7 @@ class PartialSet:
         return self.path(name) if self.path(name).exists() else self.out / name
 
     def _refuse_existing(self) -> None:
-        there = [name for name in (*self._names, *self._others) if (self.out / name).exists()]
-        there += sorted(path.name for path in self.out.glob("*.rec") if not path.name.startswith("."))
-        if there and not self._force:
-            raise DataError(
-                f"{self.out}: expected no set there, found {there[0]}: name another folder, or replace it with --force"
-            )
+        refuse_existing(self.out, (*self._names, *self._others), force=self._force)
 
     def _remove_made(self) -> None:
         """Folders that were made for nothing, unless somebody wrote into them."""

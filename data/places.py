@@ -8,13 +8,11 @@ from typing import Protocol
 
 from data.cache import Cache
 from data.errors import DataError
-from data.recordio import RecordReader, Records
+from data.recordio import RecordReader, Records, Where
 from data.remote import Store
 
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*(://|::)")
 _LOCAL = ("file://", "local://")
-Where = Path | str
-"""A folder, or an address such as s3://bucket/folder."""
 
 
 def where(text: str) -> Where:

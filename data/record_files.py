@@ -15,9 +15,9 @@ from data.cache import Table
 from data.errors import DataError
 from data.index import Index, read_index, rebuild
 from data.layout import Labels, Layout, find_layout, labels_of_images, labels_of_ranges
-from data.places import Place, Where, index_of
+from data.places import Place, index_of
 from data.properties import Properties
-from data.recordio import Records
+from data.recordio import Records, Where
 from data.samples import Samples
 
 _log = logging.getLogger(__name__)

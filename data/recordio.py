@@ -32,7 +32,7 @@ _PART_NAMES = {WHOLE: "a whole record", START: "the start of a record", MIDDLE: 
 
 
 Where = Path | str
-"""A file, or the address of one in an object store."""
+"""A file or folder, or the address of one in an object store, such as s3://bucket/folder."""
 
 
 class RecordError(DataError):

@@ -14,9 +14,10 @@ from data.block_disk import locked
 from data.cache import Cache, Table, keep_table, load_table, stamp, table_folder
 from data.errors import DataError
 from data.layout import Labels
-from data.places import Place, Where, index_of, is_address, local_file, place_of, record_files, where
+from data.places import Place, index_of, is_address, local_file, place_of, record_files, where
 from data.properties import Properties, read_properties
 from data.record_files import SPREAD, find_out
+from data.recordio import Where
 from data.samples import Samples
 
 _SPREAD_FAR = 16
@@ -121,7 +122,8 @@ class RecordSet:
 
     def _find_out(self, names: list[str], properties: Properties) -> tuple[Table, Samples]:
         """From the cache, if it has what these very files hold; else from the files."""
-        files = [name for record in names for name in (record, index_of(record)) if name in self._place.names]
+        there = set(self._place.names)
+        files = [name for record in names for name in (record, index_of(record)) if name in there]
         facts = [*map(self._place.mark, files), properties.text()]
         folder = table_folder(self._cache, self.address, stamp(facts))
         if (known := self._known(folder, properties)) is not None:

@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
-from data.files import appearing
+from data.files import appearing, refuse_existing
 from data.header import EXACT
 from data.pack import write_records, write_sequence
-from data.places import Where
 from data.properties import Properties
+from data.recordio import Where
 from data.records import RecordSet
 
 Ints = npt.NDArray[np.int64]
@@ -121,7 +121,7 @@ def write_set(
     headers. force: replace a set that is there. Raises DataError.
     """
     names = ["train.rec", "property", *texts, _LAST]
-    refuse_existing(out, force=force)
+    refuse_set(out, force=force)
     with appearing([out / name for name in names]) as partial:
         to = dict(zip(names, partial, strict=True))
         properties = Properties(num_classes=num_classes, image_size=image_size, pair=num_classes > EXACT)
@@ -143,14 +143,9 @@ def refuse_source(out: Path, source: Where) -> None:
         raise DataError(f"{out}: expected another folder than {source}, which is only read")
 
 
-def refuse_existing(out: Path, *, force: bool) -> None:
+def refuse_set(out: Path, *, force: bool) -> None:
     """Raise DataError where a set is, unless it may be replaced."""
-    there = [name for name in ("train.rec", "property", _LAST, *SIDE_FILES) if (out / name).exists()]
-    there += sorted(path.name for path in out.glob("*.rec"))  # one of several files
-    if there and not force:
-        raise DataError(
-            f"{out}: expected no set there, found {there[0]}: name another folder, or replace it with --force"
-        )
+    refuse_existing(out, ("train.rec", "property", _LAST, *SIDE_FILES), force=force)
 
 
 def texts_of(selection: Selection) -> dict[str, str]:

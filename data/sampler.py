@@ -30,9 +30,9 @@ class Order(Protocol):
     def coming(self, epoch: int, step: range, mine: Int64s, *, first: bool) -> Int64s:
         """Samples to begin to get, where they are far away, when a step is planned.
 
-        step: its positions, of all ranks; mine: those of this rank; first: whether it is the first step of a run.
+        step: its positions, of all ranks; mine: this rank's samples of it; first: whether it is the first of a run.
         """
-        return self.samples(epoch, mine)
+        return mine
 
 
 class EpochOrder(Order):
@@ -99,10 +99,9 @@ class BatchPlan:
         """Sample ids of this rank in the step that begins at the position `start`, int64 (B,); of several, (S, B)."""
         return self.order.samples(epoch, self._slice_B + np.asarray(start)[..., None])
 
-    def coming(self, epoch: int, start: int, *, first: bool) -> Int64s:
-        """What to begin to get for the step that begins there: see `Order`."""
-        step = range(start, start + self.global_batch)
-        return self.order.coming(epoch, step, self._slice_B + start, first=first)
+    def coming(self, epoch: int, start: int, samples_B: Int64s, *, first: bool) -> Int64s:
+        """What to begin to get for the step that begins there, and of which this rank has these: see `Order`."""
+        return self.order.coming(epoch, range(start, start + self.global_batch), samples_B, first=first)
 
 
 def check_positions(positions: Int64s, count: int) -> None:

@@ -56,7 +56,7 @@ class Samples:
         return label, image
 
     def image_batch(self, samples: npt.NDArray[np.int64]) -> list[tuple[int, memoryview]]:
-        """`image` of each of some samples (n,), in a third of the time: what is plain is seen of all at once."""
+        """`image` of each of some samples (n,), in less time: what is plain is seen of all at once."""
         view = self._views[0] if len(self._views) == 1 else None
         if view is None or self._pair:
             return [self.image(sample) for sample in samples.tolist()]

@@ -30,7 +30,14 @@ def jpeg(seed: int, *, quality: int = 90, chroma: str = "420", size: tuple[int, 
     return bytes(simplejpeg.encode_jpeg(pixels, quality, colorsubsampling=chroma))
 
 
-def _saved(image: Image.Image, kind: str, **settings: object) -> bytes:
+def photograph(width: int = 112, height: int = 112, seed: int = 0) -> Image.Image:
+    """Smooth colours of any size."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8))
+    return small.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def saved(image: Image.Image, kind: str, **settings: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **settings)
     return buffer.getvalue()
@@ -46,15 +53,15 @@ def odd_images() -> dict[str, bytes]:
     deep = pixels.astype(np.uint16) * 256 + 127
     return {
         "grey": jpeg(0, chroma="Gray"),
-        "cmyk": _saved(image.convert("CMYK"), "JPEG", quality=90),
-        "progressive": _saved(image, "JPEG", quality=90, progressive=True),
-        "restart markers": _saved(image, "JPEG", quality=90, restart_marker_rows=1),
-        "exif orientation": _saved(image, "JPEG", quality=90, exif=upside),
+        "cmyk": saved(image.convert("CMYK"), "JPEG", quality=90),
+        "progressive": saved(image, "JPEG", quality=90, progressive=True),
+        "restart markers": saved(image, "JPEG", quality=90, restart_marker_rows=1),
+        "exif orientation": saved(image, "JPEG", quality=90, exif=upside),
         "bytes behind the end": jpeg(0) + b"junk" * 5,
-        "png": _saved(image, "PNG"),
-        "png grey": _saved(image.convert("L"), "PNG"),
-        "png alpha": _saved(alpha, "PNG"),
-        "png palette": _saved(image.convert("P"), "PNG"),
+        "png": saved(image, "PNG"),
+        "png grey": saved(image.convert("L"), "PNG"),
+        "png alpha": saved(alpha, "PNG"),
+        "png palette": saved(image.convert("P"), "PNG"),
         "png 16 bit": cv2.imencode(".png", deep[..., ::-1])[1].tobytes(),
         "png 16 bit grey": cv2.imencode(".png", deep[..., 0])[1].tobytes(),
     }
@@ -64,7 +71,7 @@ def damaged_images() -> dict[str, tuple[bytes, str]]:
     """Images that must be refused, with a part of the reason."""
     good = jpeg(0)
     data = good.index(b"\xff\xda") + 14  # where entropy-coded data begin
-    png = _saved(Image.fromarray(picture(0)), "PNG")
+    png = saved(Image.fromarray(picture(0)), "PNG")
     flipped = bytearray(png)
     flipped[500] ^= 255
     cut = bytearray(good)
@@ -82,11 +89,11 @@ def damaged_images() -> dict[str, tuple[bytes, str]]:
         "ends within the data": (bytes(cut), "damaged JPEG: Corrupt"),
         "garbage within the data": (bytes(garbage), "damaged JPEG: Corrupt"),
         "another size": (jpeg(0, size=(112, 120)), "expected 112 x 112 pixels (height x width), found 112 x 120"),
-        "bmp": (_saved(Image.fromarray(picture(0)), "BMP"), "expected JPEG or PNG"),
+        "bmp": (saved(Image.fromarray(picture(0)), "BMP"), "expected JPEG or PNG"),
         "png half": (png[: len(png) // 2], "damaged PNG"),
         "png checksum": (bytes(flipped), "damaged PNG"),
         "png head only": (png[:20], "expected JPEG or PNG"),
-        "png of another size": (_saved(Image.fromarray(picture(0, (96, 112))), "PNG"), "found 96 x 112"),
+        "png of another size": (saved(Image.fromarray(picture(0, (96, 112))), "PNG"), "found 96 x 112"),
     }
 
 

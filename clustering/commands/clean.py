@@ -23,8 +23,9 @@ from data.errors import DataError
 from data.files import appearing
 from data.header import EXACT
 from data.pack import write_records
-from data.places import Where, where
+from data.places import where
 from data.properties import Properties
+from data.recordio import Where
 from data.records import RecordSet
 
 _FILES = ("train.rec", "property", "train.lst", "changes.csv", "labels.csv", "train.idx")

@@ -11,9 +11,10 @@ from rich.console import Console
 from data.choosing import merge, split, subset
 from data.commands.arguments import fraction, shown, whole
 from data.errors import DataError
-from data.places import Where, where
+from data.places import where
+from data.recordio import Where
 from data.records import RecordSet
-from data.rewrite import Selection, names_of_set, names_text, refuse_existing, refuse_source, texts_of, write_set
+from data.rewrite import Selection, names_of_set, names_text, refuse_set, refuse_source, texts_of, write_set
 from data.shuffling import MEMORY, shuffled
 
 
@@ -77,7 +78,7 @@ def _split(args: argparse.Namespace, console: Console) -> int:
         raise DataError(f"--rest {args.rest}: expected another folder than --out")
     records = _open(args.set, args.out, args.rest)
     for out in (args.out, args.rest):
-        refuse_existing(out, force=args.force)  # both before either is written
+        refuse_set(out, force=args.force)  # both before either is written
     for chosen, out in zip(split(records, share=args.share, seed=args.seed), (args.out, args.rest), strict=True):
         _write(chosen, out, args, console)
     return 0

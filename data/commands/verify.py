@@ -19,7 +19,7 @@ from data.errors import DataError
 from data.findings import KINDS, MOST, Verified
 from data.header import unpack
 from data.recordio import RecordReader
-from data.rewrite import names_of, names_text, refuse_existing, refuse_source, write_set
+from data.rewrite import names_of, names_text, refuse_set, refuse_source, write_set
 from data.verify import Progress, verify
 
 _SHOWN = 20
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """0: nothing is wrong, 1: something is."""
     if args.fix is not None:
         refuse_source(args.fix, args.folder)
-        refuse_existing(args.fix, force=args.force)
+        refuse_set(args.fix, force=args.force)
     with _bars(console) as progress:
         found = verify(args.folder, threads=args.threads, progress=progress)
     if args.json:

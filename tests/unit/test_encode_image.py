@@ -13,31 +13,20 @@ from PIL import Image, ImageOps
 
 from data.decode import decode_image
 from data.sources import _rgb, encode_file, encode_image
-
-
-def _encode(image: Image.Image, kind: str, **settings: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **settings)
-    return out.getvalue()
-
-
-def _picture(width: int = 112, height: int = 112, seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
+from tests.image_cases import photograph, saved
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_images_of_the_right_size_are_untouched(kind: str, mode: str) -> None:
-    content = _encode(_picture().convert(mode), kind)
+    content = saved(photograph().convert(mode), kind)
     assert encode_image(content) is content
 
 
 @pytest.mark.parametrize(("width", "height"), [(224, 224), (200, 150), (60, 90), (112, 113)])
 def test_other_sizes_cover_and_are_cropped(width: int, height: int) -> None:
-    picture = _picture(width, height)
-    with Image.open(io.BytesIO(encode_image(_encode(picture, "PNG")))) as image:
+    picture = photograph(width, height)
+    with Image.open(io.BytesIO(encode_image(saved(picture, "PNG")))) as image:
         assert (image.size, image.mode, image.format) == ((112, 112), "RGB", "JPEG")
         got = np.asarray(image, np.float64)
     scale = 112 / min(width, height)
@@ -48,15 +37,15 @@ def test_other_sizes_cover_and_are_cropped(width: int, height: int) -> None:
 
 
 def test_orientation_and_modes() -> None:
-    picture = _picture(224, 224)
+    picture = photograph(224, 224)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
-    turned = encode_image(_encode(picture.rotate(90), "JPEG", exif=exif, quality=95))
-    plain = encode_image(_encode(picture, "JPEG", quality=95))
+    turned = encode_image(saved(picture.rotate(90), "JPEG", exif=exif, quality=95))
+    plain = encode_image(saved(picture, "JPEG", quality=95))
     difference = np.asarray(Image.open(io.BytesIO(turned)), float) - np.asarray(Image.open(io.BytesIO(plain)), float)
     assert np.abs(difference).mean() < 3
     for mode in ("RGBA", "P", "LA", "1", "I;16"):
-        content = _encode(picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode), "PNG")
+        content = saved(picture.convert("L").convert("I;16") if mode == "I;16" else picture.convert(mode), "PNG")
         with Image.open(io.BytesIO(encode_image(content))) as image:
             assert (image.size, image.mode) == ((112, 112), "RGB")
 
@@ -96,7 +85,7 @@ def test_broken_exif_is_a_bad_image(tmp_path: Path, tag: int, kind: int, value: 
     """An orientation and a tag of a kind that it cannot have, which PIL fails to write back."""
     tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", tag, kind, 1, value)
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
-    content = _encode(_picture(150, 150), "JPEG", exif=exif)
+    content = saved(photograph(150, 150), "JPEG", exif=exif)
     with Image.open(io.BytesIO(content)) as image, pytest.raises(raised):
         ImageOps.exif_transpose(image)
     (tmp_path / "a.jpg").write_bytes(content)
@@ -109,5 +98,5 @@ def test_whatever_pil_raises_names_the_image(tmp_path: Path, monkeypatch: pytest
         raise error
 
     monkeypatch.setattr(ImageOps, "exif_transpose", fails)
-    (tmp_path / "a.jpg").write_bytes(_encode(_picture(150, 150), "JPEG"))
+    (tmp_path / "a.jpg").write_bytes(saved(photograph(150, 150), "JPEG"))
     assert "a.jpg: expected a JPEG or PNG image" in str(encode_file(tmp_path / "a.jpg"))

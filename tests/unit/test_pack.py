@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data.__main__ import main
 from data.decode import decode_image
@@ -19,7 +17,7 @@ from data.recordio import RecordReader
 from data.records import RecordSet
 from data.synthetic import SyntheticFaces, plan_samples
 from data.verification_bin import read_bin
-from tests.image_cases import damaged_images
+from tests.image_cases import damaged_images, photograph, saved
 
 SMALL = (
     "--identities",
@@ -50,25 +48,13 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def _encode(image: Image.Image, kind: str, **settings: object) -> bytes:
-    out = io.BytesIO()
-    image.save(out, kind, **settings)
-    return out.getvalue()
-
-
-def _picture(width: int = 112, height: int = 112, seed: int = 0) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    small = Image.fromarray(rng.integers(0, 256, (5, 4, 3), dtype=np.uint8))
-    return small.resize((width, height), Image.Resampling.BICUBIC)
-
-
 @pytest.fixture
 def people(tmp_path: Path) -> Path:
     """Four identities, 4 images each, all 112x112 JPEG."""
     for number, name in enumerate(["zoe", "ann", "bob é", "carl"]):
         (tmp_path / "people" / name).mkdir(parents=True)
         for image in range(4):
-            content = _encode(_picture(seed=10 * number + image), "JPEG", quality=80)
+            content = saved(photograph(seed=10 * number + image), "JPEG", quality=80)
             (tmp_path / "people" / name / f"{image}.jpg").write_bytes(content)
     return tmp_path / "people"
 
@@ -178,7 +164,7 @@ def test_images_that_do_not_decode(tmp_path: Path, people: Path, capsys: pytest.
     out = tmp_path / "set"
     good = (people / "bob é" / "1.jpg").read_bytes()
     command = ["pack", "folder", str(people), "--out", str(out), "--workers", "1"]
-    for content in (b"", b"text", good[: len(good) // 2], _encode(_picture(), "GIF")):
+    for content in (b"", b"text", good[: len(good) // 2], saved(photograph(), "GIF")):
         (people / "bob é" / "1.jpg").write_bytes(content)
         assert main(command) == 2
         assert "bob é/1.jpg: expected a JPEG or PNG image" in _error(capsys)
