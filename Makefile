@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-gpu interop clean
+.PHONY: help setup demo test lint format bench bench-gpu interop audit sbom clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -59,5 +59,11 @@ bench-gpu: $(STAMP)  ## the same on GPUs, up to 29 million identities, with resu
 interop: $(STAMP)  ## genuine mxnet reads what we write, and we read what it writes (own environment, Python <= 3.11)
 	@sh tests/interop/run.sh
 
+audit: $(STAMP)  ## known vulnerabilities of the versions of constraints.txt (own environment, needs PyPI or OSV)
+	@sh scripts/audit.sh audit
+
+sbom: $(STAMP)  ## what is installed in .venv, as CycloneDX JSON in runs/sbom.cdx.json
+	@sh scripts/audit.sh sbom
+
 clean:  ## remove the environments and the demo's run
-	rm -rf $(VENV) .venv-interop runs/demo
+	rm -rf $(VENV) .venv-interop .venv-audit runs/demo

@@ -27,9 +27,10 @@ def read_start(path: str, *, num_samples: int, num_clusters: int) -> npt.NDArray
     at = f"clustering.start: {path}"
     try:
         found = np.load(Path(path), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, TypeError, OverflowError, EOFError, MemoryError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"{at}: cannot read it ({error}): give the .assignments.npy that `python -m clustering kmeans` wrote"
+            f"{at}: cannot read it ({said:.300}): give the .assignments.npy that `python -m clustering kmeans` wrote"
         ) from None
     if not isinstance(found, np.ndarray) or found.ndim != 1 or found.dtype.kind not in "iu":
         got = f"{found.dtype} {found.shape}" if isinstance(found, np.ndarray) else "an archive of several"

@@ -67,7 +67,9 @@ def load_table(folder: Path) -> Table | None:
     """A table that was kept, memory-mapped, so that all ranks of a host hold it once; None: there is none."""
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="ascii"))
-        arrays = [np.load(folder / f"{kind}.npy", mmap_mode="r").view(np.ndarray) for kind in _KINDS]
+        arrays = [
+            np.load(folder / f"{kind}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray) for kind in _KINDS
+        ]
         table = Table(facts["layout"], facts["counts"], *arrays)
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None

@@ -5,3 +5,12 @@ from __future__ import annotations
 
 class DataError(ValueError):
     """Data on disk are missing or not as expected; one line: which file, what was expected, found, and what to do."""
+
+    def __str__(self) -> str:
+        """Names of files and archive members come from strangers: what would end the line or steer a terminal is
+        written as its escape.
+        """
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Protocol
 
+from configs.addresses import holds_credentials, where_credentials_belong
 from data.cache import Cache
 from data.errors import DataError
 from data.recordio import RecordReader, Records, Where
@@ -85,7 +86,8 @@ def is_address(where: Where) -> bool:
 
 
 def place_of(where: Where, cache: Cache) -> Place:
-    """The place that a path or an address names. Raises DataError."""
+    """The place that a path or an address names. Raises DataError, also for an address with credentials in it."""
+    _refuse_credentials(where)
     return Store(str(where), cache) if is_address(where) else Folder(Path(where))
 
 
@@ -93,8 +95,15 @@ def local_file(where: Where, cache: Cache) -> Path:
     """A file by its path, or a local copy of it by its address. Raises DataError."""
     if not is_address(where):
         return Path(where)
+    _refuse_credentials(where)
     folder, _, name = str(where).rpartition("/")
     return Store(folder, cache).local(name)
+
+
+def _refuse_credentials(where: Where) -> None:
+    """Before anything names the address: messages, logs and the cache would all hold them."""
+    if is_address(where) and holds_credentials(str(where)):
+        raise DataError(where_credentials_belong("the address"))
 
 
 def record_files(place: Place) -> list[str]:

@@ -27,6 +27,8 @@ class Properties:
 
 _DIGITS = 18
 """Of a number below 2^63."""
+_MOST_PIXELS = 4096
+"""Of a side: an image is decoded into what `property` states, if it says the same of itself."""
 
 
 def whole_number(text: str) -> int:
@@ -48,6 +50,11 @@ def read_properties(path: Path) -> Properties:
     numbers = [whole_number(part) for part in parts]
     if len(numbers) != 3 or first.count(",") != 2 or min(numbers) < 1:
         raise DataError(f"{path}: {expected}, found {first!r:.80}: correct it")
+    if max(numbers[1:]) > _MOST_PIXELS:
+        raise DataError(
+            f"{path}: expected images of at most {_MOST_PIXELS} pixels a side, found {numbers[1]} x {numbers[2]}: "
+            "correct it"
+        )
     pair = _PAIR_LINE in lines[1:]
     if numbers[0] > EXACT and not pair:
         raise DataError(

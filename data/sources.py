@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ RESIZE_RULE = (
     "112x112, cropped about its centre, and packed as JPEG of quality 95 without colour subsampling."
 )
 _QUALITY = 95
+_MOST_PIXELS = 1 << 26
+"""8192 x 8192, for which some 800 MB are needed; a few hundred kilobytes can state any size."""
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -154,7 +157,9 @@ def encode_image(content: bytes) -> bytes:
     Raises ValueError when it does not decode; what is packed untouched must decode as strictly as in training.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=["JPEG", "PNG"]) as image:
+        with _opened(content) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise ValueError(f"expected at most {_MOST_PIXELS} pixels, found {image.width} x {image.height}")
             image.load()
             if image.size == (IMAGE_SIZE, IMAGE_SIZE) and image.mode in ("RGB", "L"):
                 check_image(content, (IMAGE_SIZE, IMAGE_SIZE))  # PIL passes over damage that training refuses
@@ -171,6 +176,13 @@ def encode_image(content: bytes) -> bytes:
     encoded = io.BytesIO()
     fitted.save(encoded, "JPEG", quality=_QUALITY, subsampling=0)
     return encoded.getvalue()
+
+
+def _opened(content: bytes) -> Image.Image:
+    """Head alone; PIL warns of images that are refused here in words of ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(content), formats=["JPEG", "PNG"])
 
 
 def _rgb(image: Image.Image) -> Image.Image:

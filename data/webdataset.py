@@ -110,7 +110,9 @@ def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
             for member, key, suffix in _keyed(tar, file):
                 if suffix in ("jpg", "jpeg", "png"):
                     if member.offset_data + member.size > end:
-                        raise DataError(f"{path}: {member.name}: ends behind the file: it was cut, copy it again")
+                        raise DataError(
+                            f"{path}: {member.name!s:.300}: ends behind the file: it was cut, copy it again"
+                        )
                     if key in images:
                         raise _doubled(path, key, member.name, "image")
                     images[key] = (member.offset_data, member.size)
@@ -120,7 +122,7 @@ def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
                     file.seek(member.offset_data)
                     text = file.read(min(member.size, _CLASS_BYTES)).decode("ascii", "replace").strip()
                     if not (text.isascii() and text.isdigit() and len(text) < 16):
-                        raise DataError(f"{path}: {member.name}: expected a class number, found {text!r}")
+                        raise DataError(f"{path}: {member.name!s:.300}: expected a class number, found {text!r}")
                     classes[key] = int(text)
     except DataError:
         raise
@@ -129,7 +131,9 @@ def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
         raise DataError(f"{path}: cannot read it as an uncompressed tar file ({said:.300})") from None
     if odd := sorted(images.keys() ^ classes.keys()):
         lacks = "an image" if odd[0] in classes else "a .cls file"
-        raise DataError(f"{path}: {odd[0]} lacks {lacks}: expected both for each of {len(images | classes)} keys")
+        raise DataError(
+            f"{path}: {odd[0]!s:.300} lacks {lacks}: expected both for each of {len(images | classes)} keys"
+        )
     for key, (offset, size) in images.items():
         yield offset, size, classes[key]
 

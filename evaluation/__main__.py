@@ -9,12 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from backbones import names
-from configs.load import load_config
+from configs.load import read_section, read_yaml
 from configs.schema import ConfigError, ModelConfig, TrainConfig
 from data.commands.arguments import Parser
 from data.errors import DataError
@@ -87,15 +86,12 @@ def _model(args: argparse.Namespace) -> tuple[ModelConfig, Path]:
 def _model_of(path: Path) -> ModelConfig:
     """The section `model` of a run's settings; the others may be those of an older version. Raises ConfigError."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        section = read_yaml(path).get("model")
     except OSError as error:
         raise ConfigError(f"{path}: cannot read it ({error.strerror}): expected a training's output folder") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split()):.160}") from None
-    section = found.get("model") if isinstance(found, dict) else None
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: expected a section `model`: name --weights and --backbone instead")
-    return load_config(None, [f"model.{key}={value}" for key, value in section.items()]).model
+    return read_section(ModelConfig, "model", section)
 
 
 def _whole(text: str) -> int:
