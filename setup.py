@@ -48,6 +48,7 @@ setup(
             "pyarrow",
             "ruff",
             "s3fs",
+            "safetensors",
             "scikit-learn",
             "triton; platform_system == 'Linux'",
             "types-PyYAML",

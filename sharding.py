@@ -8,7 +8,10 @@ disjoint, cover everything, keep the order, and differ in length by at most one,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class Shard(NamedTuple):
@@ -32,6 +35,23 @@ def shard_of(rank: int, world_size: int, total: int) -> Shard:
     base, extra = divmod(total, world_size)
     start = rank * base + min(rank, extra)
     return Shard(start, start + base + (rank < extra))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive rows of a tensor that is cut over the ranks along its first dimension, as one rank holds them."""
+
+    tensor: Tensor
+    """(rows, …), this rank's."""
+    start: int
+    """The first of them, counted over all ranks."""
+    total: int
+    """Rows of all ranks."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return (self.total, *self.tensor.shape[1:])
 
 
 def all_shards(world_size: int, total: int) -> list[Shard]:

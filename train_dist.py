@@ -18,7 +18,8 @@ from pathlib import Path
 from configs.load import load_config
 from training.distributed import Ranks, open_ranks
 from training.errors import USER_ERRORS
-from training.stopping import EXIT_CODE
+from training.lost import EXIT_LOST, LostRankError
+from training.stopping import EXIT_CODE, Signals
 from training.trainer import Trainer
 
 _GRACE = 10.0
@@ -40,23 +41,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when the run ended as asked, 2 when a setting or the data are not as expected (one line says what), 75 when a
-    signal stopped it, with a checkpoint: the same command goes on.
+    signal stopped it, with a checkpoint, 76 when ranks lost each other: the same command goes on.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     args = parse(arguments)
     ranks: Ranks | None = None
     try:
-        config = load_config(args.config, args.set)
-        with open_ranks(config.train) as ranks:
-            stopped = Trainer(config, ranks).run()
+        with Signals() as signals:
+            config = load_config(args.config, args.set)
+            flights = Path(config.train.output) / "flight_recorder"
+            with open_ranks(config.train, flights=flights) as ranks, ranks.monitor:
+                stopped = Trainer(config, ranks).run(signals)
     except USER_ERRORS as error:
         if ranks is None and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_GRACE)  # local rank 0 meets the same error and says it; torchrun then ends all ranks
         if ranks is None or ranks.first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except LostRankError as error:
+        if str(error):
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_LOST
     return EXIT_CODE if stopped else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    if code == EXIT_LOST:
+        os._exit(code)  # taking down a group whose ranks are gone may wait for them
+    sys.exit(code)

@@ -69,6 +69,7 @@ class EmbeddingBank:
         self.shard = shards[dist.get_rank(group)]
         before = np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=num_classes))])
         self.largest = max(int(before[shard.stop] - before[shard.start]) for shard in shards)
+        self.first = int(before[self.shard.start])
         own = np.flatnonzero((labels >= self.shard.start) & (labels < self.shard.stop))
         own = own[np.argsort(labels[own], kind="stable")]
         slots = np.full(self.num_samples, -1, dtype=np.int32)
@@ -110,11 +111,11 @@ class EmbeddingBank:
         return {"x": self._x[:-1], "seen": self._seen[:-1]}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ClusterStateError when the state is of other data or of another number of ranks."""
+        """Raises ClusterStateError when the rows are not those of this rank's samples."""
         if state["x"].shape != self._x[:-1].shape:
             raise ClusterStateError(
                 f"embedding bank: expected {tuple(self._x[:-1].shape)} embeddings on this rank, got "
-                f"{tuple(state['x'].shape)}: resume with the same data and the same number of ranks"
+                f"{tuple(state['x'].shape)}: resume with the same data"
             )
         self._x[:-1].copy_(state["x"])
         self._seen[:-1].copy_(state["seen"])

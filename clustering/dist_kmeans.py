@@ -19,6 +19,7 @@ K clusters, C classes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ _ADDED_AT_A_TIME = 128
 """Centres that a point is compared with in the time in which it is added to a sum: makes slices of about one cost."""
 _MOST_ADDED = 1 << 20
 """Points that are added to sums at a time: some 4 GB of a GPU's memory to read and write."""
-_SAVED = ("centres_SD", "best_P", "index_P", "counted_P", "taking_part_P", "seed_point_Q", "seed_cluster_Q")
+_OF_POINTS = ("best_P", "index_P", "counted_P", "taking_part_P")
 
 
 def _plainly(what: str, work: Callable[[], T], otherwise: T) -> T:
@@ -289,14 +290,40 @@ class KMeansRun:
             raise FloatingPointError("centres are not finite")
         return centres_SD
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors are this run's own, not copies."""
-        state: dict[str, Any] = {name: getattr(self, name) for name in _SAVED}
-        return {**state, "done": self.done}
+    def _cut(self) -> list[int]:
+        """What decides how many slices there are of each kind."""
+        return [len(self.shards), self.points.largest, self.block, self.added]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a run of the same construction, at the slice where it was saved."""
+    def _phases(self) -> list[int]:
+        """Of each slice, and of the end: how many times one of another kind has followed."""
+        kinds = [kind for kind, _, _ in self._slices]
+        changes = (before != after for before, after in itertools.pairwise([*kinds, ""]))
+        return list(itertools.accumulate(changes, initial=0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of points and centres; tensors are this run's own, not copies, but for seed_P: the empty cluster that a point
+        is to begin, -1 for none."""
+        seed_P = torch.full_like(self.index_P, -1)
+        seed_P[self.seed_point_Q] = self.seed_cluster_Q
+        state: dict[str, Any] = {name: getattr(self, name) for name in _OF_POINTS}
+        place = {"done": self.done, "phase": self._phases()[self.done], "cut": self._cut()}
+        return {**state, "centres_SD": self.centres_SD, "seed_P": seed_P, **place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Continue a run of the same construction, at the slice where it was saved: whether that was possible.
+
+        One that was cut otherwise, over other ranks, goes on where that comparing, or those means, began: both are a
+        function of what was there before, and doing a part of them twice changes nothing.
+        """
         device = self.centres_SD.device
-        for name in _SAVED:
+        for name in (*_OF_POINTS, "centres_SD"):
             setattr(self, name, state[name].to(device, copy=True))
-        self.done, self._shown, self._summed = state["done"], None, (0, 0)
+        seed_P = state["seed_P"].to(device)
+        self.seed_point_Q = (seed_P >= 0).nonzero()[:, 0]  # ascending, as they were found
+        self.seed_cluster_Q = seed_P[self.seed_point_Q]
+        self._shown, self._summed = None, (0, 0)
+        if state["cut"] == self._cut():
+            self.done = state["done"]
+            return True
+        self.done = self._phases().index(state["phase"])
+        return False

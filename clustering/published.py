@@ -26,6 +26,9 @@ _TENSORS = (
     "margin_R", "smallest", "neighbour_Ck",
 )  # fmt: skip
 
+OF_CLASSES = ("anchor_RD", "f_R", "hard_R", "samples_R", "margin_R")
+"""Of the tensors, those cut by class; c_SD is cut by cluster, the others are the same on every rank."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Published:

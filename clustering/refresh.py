@@ -24,6 +24,9 @@ from clustering.publication import Publication, dominant_classes
 from clustering.published import Published
 from configs.schema import ClusteringConfig
 
+_WORDS = 240
+"""Bytes of a failure that are saved."""
+
 
 class Refresh:
     """`advance()` does one slice. The number of slices is known beforehand, and the same on every rank."""
@@ -140,22 +143,36 @@ class Refresh:
         return self._publication.published
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors are the refresh's own, not copies. What the publication has is made anew."""
+        """Tensors are the refresh's own, not copies. What the publication has is made anew.
+
+        failure: uint8 (1, bytes), of this rank.
+        """
+        words = self.guard.failure.encode()[:_WORDS]
+        failure = torch.zeros(1, _WORDS, dtype=torch.uint8)
+        failure[0, : len(words)] = torch.tensor(list(words), dtype=torch.uint8)
         return {
             "began": self.began,
             "steps": self.plan.steps,
             "iterations": self.plan.iterations,
             "done": self.done,
             "block": self.run.block,
-            "failure": self.guard.failure,
+            "failure": failure,
             "x": self.points.x_PD,
             "run": self.run.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a refresh of the same construction at the slice where it was saved. No collective."""
-        self.began, self.done = state["began"], state["done"]
-        self.guard.failure = state["failure"]
+        """Continue a refresh of the same construction at the slice where it was saved; over other ranks see
+        `KMeansRun.load_state_dict`, and a publication begins anew. failure: of all ranks. No collective.
+        """
+        self.began = state["began"]
+        failures = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in state["failure"].tolist()]
+        rank = dist.get_rank(self._group)
+        if len(failures) == dist.get_world_size(self._group):
+            self.guard.failure = failures[rank]
+        elif rank == 0:  # one that knows of it is enough to drop the refresh at its end
+            self.guard.failure = next(filter(None, failures), "")
         self.take_plan(Plan(steps=state["steps"], iterations=state["iterations"]))
         self.points.x_PD.copy_(state["x"])
-        self.run.load_state_dict(state["run"])
+        same = self.run.load_state_dict(state["run"])
+        self.done = state["done"] if same else self.run.done

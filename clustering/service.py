@@ -279,14 +279,16 @@ class ClusterService:
 
     def _shape(self) -> dict[str, int]:
         return {
-            "world_size": dist.get_world_size(self.group),
             "classes": self.num_classes,
             "clusters": self.num_clusters,
             "samples": self.bank.num_samples,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, a refresh under way included. Tensors are the service's own: save or copy them at once."""
+        """All of it, a refresh under way included, as this rank holds it: `kind_of` says how it is cut.
+
+        Tensors are the service's own: save or copy them at once.
+        """
         return {
             "shape": self._shape(),
             "version": self.version,
@@ -300,15 +302,15 @@ class ClusterService:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on bit for bit where `state_dict` was taken. No collective.
+        """Go on where `state_dict` was taken, bit for bit, on any number of ranks. No collective.
 
-        Raises ClusterStateError when the state is of other data or of another number of ranks.
+        state: with the rows that are this rank's now. Raises ClusterStateError when it is of other data.
         """
         for name, mine in self._shape().items():
             if state["shape"][name] != mine:
                 raise ClusterStateError(
                     f"saved clusters are of {name} = {state['shape'][name]}, this run has {mine}: resume with the "
-                    "same data, settings and number of ranks"
+                    "same data and settings"
                 )
         published, refresh = state["published"] or {"drops_suspects": True}, state["refresh"] or {"block": 0}
         if "drops_suspects" not in published or "block" not in refresh:

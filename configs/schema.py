@@ -13,6 +13,7 @@ from typing import Literal
 from configs.augment import AugmentConfig
 from configs.checks import ConfigError, require
 from configs.data import DataConfig
+from configs.guard import GuardConfig
 from configs.head import HeadConfig
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "EvalConfig",
+    "GuardConfig",
     "HeadConfig",
     "ModelConfig",
     "OptimConfig",
@@ -183,24 +185,34 @@ class TrainConfig:
     """Folder for checkpoints, TensorBoard logs and results."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: CUDA where there is a GPU for each rank, else the CPU."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: the backbone runs under autocast, and on GPUs the products of head and clusters take bf16 operands."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """bf16: the backbone runs under autocast, and on GPUs the products of head and clusters take bf16 operands. fp16,
+    for GPUs older than Ampere: the backbone alone, with a loss scale."""
     epochs: int = 20
     batch_size: int = 128
     """Images a rank takes in one micro-batch."""
     accumulation: int = 1
     """Micro-batches a rank adds up before one optimizer step."""
+    global_batch: int = 0
+    """Images of an optimizer step over all ranks, whatever their number: they share them out in as few micro-batches of
+    at most batch_size as come out even (accumulation is then not read). 0: batch_size x accumulation x ranks."""
     seed: int = 2048
     cpu_threads: int = 0
     """Threads of a rank for arithmetic on the CPU; 0 shares the cores among the host's ranks."""
+    timeout: int = 600
+    """Seconds that ranks wait for one that is late or gone (600 at least until the first step is done)."""
     log_steps: int = 50
     """Optimizer steps between two lines of the log."""
     histogram_steps: int = 500
     """Optimizer steps between two sets of margin and hard-level histograms."""
     checkpoint_steps: int = 0
     """Optimizer steps between two checkpoints; 0 writes one an epoch."""
+    checkpoints: str = ""
+    """Folder, or address of an object store, for checkpoints; empty: `checkpoints` in output."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Checkpoints with the best verification accuracy that are kept beside them."""
     resume: bool = True
     """Continue from the newest checkpoint in `output`, if there is one."""
     stop_after_steps: int = 0
@@ -209,7 +221,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(bool(self.output), "train.output", self.output, "a folder")
         require(self.device in ("auto", "cuda", "cpu"), "train.device", self.device, "auto, cuda or cpu")
-        require(self.precision in ("fp32", "bf16"), "train.precision", self.precision, "fp32 or bf16")
+        require(self.precision in ("fp32", "bf16", "fp16"), "train.precision", self.precision, "fp32, bf16 or fp16")
         for name in (
             "epochs",
             "accumulation",
@@ -225,10 +237,28 @@ class TrainConfig:
             self.batch_size,
             "at least 2 (BatchNorm has no statistics of a single image)",
         )
+        require(self.timeout >= 5, "train.timeout", self.timeout, "at least 5 seconds")
         require(0 <= self.seed < 2**63, "train.seed", self.seed, "0 to 2^63 - 1")
-        for name in ("cpu_threads", "checkpoint_steps", "stop_after_steps"):
+        for name in ("cpu_threads", "checkpoint_steps", "stop_after_steps", "global_batch", "keep_best"):
             value = getattr(self, name)
             require(value >= 0, "train." + name, value, "0 or more")
+
+    def share(self, ranks: int) -> tuple[int, int]:
+        """Images of a micro-batch, and micro-batches of a step, for each of so many ranks.
+
+        Raises ConfigError when `global_batch` cannot be shared out evenly.
+        """
+        if not self.global_batch:
+            return self.batch_size, self.accumulation
+        each, left = divmod(self.global_batch, ranks)
+        sizes = [size for size in range(2, min(each, self.batch_size) + 1) if each % size == 0]
+        if left or not sizes:
+            raise ConfigError(
+                f"train.global_batch: expected a number that {ranks} ranks can share out in micro-batches of 2 to "
+                f"train.batch_size = {self.batch_size} images, got {self.global_batch}: use another, or another number "
+                "of ranks"
+            )
+        return sizes[-1], each // sizes[-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -257,6 +287,7 @@ class RunConfig:
     clustering: ClusteringConfig = field(default_factory=ClusteringConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

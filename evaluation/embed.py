@@ -6,7 +6,7 @@ Legend: N images, W ranks, S images of the longest rank, B batch, D components o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +27,20 @@ Images = Sequence[bytes] | npt.NDArray[np.uint8]
 
 
 def embed_images(
-    backbone: Backbone, images: Images, *, batch_size: int, group: dist.ProcessGroup | None = None
+    backbone: Backbone,
+    images: Images,
+    *,
+    batch_size: int,
+    group: dist.ProcessGroup | None = None,
+    each: Callable[[], None] | None = None,
 ) -> Tensor:
     """Sum of the embeddings of each image and of its mirror image, float32 (N, D), on the backbone's device.
 
     With a group, rank r embeds the images of `shard_of(r, W, N)` and one all-gather gives all of them to every rank.
     All ranks must pass the same images, and hold the same weights and BatchNorm statistics, which DDP makes equal only
     at the next training step: broadcast the buffers before. Runs in evaluation mode without gradients and restores
-    every module's mode. For bf16, call it under autocast. Mirror images are a batch of their own.
+    every module's mode. each: called before each batch, as often on every rank; it may raise, on all ranks alike, to
+    end the work. For bf16, call it under autocast. Mirror images are a batch of their own.
 
     Raises DataError, on every rank alike, for an image that does not decode; ValueError for anything that is not
     images, or a batch size below 1.
@@ -46,14 +52,21 @@ def embed_images(
     # One row beside the longest shard: the number of this rank's first bad image plus one, or zero.
     longest = shard_of(0, world_size, len(images)).size
     packed_SD = torch.zeros(longest + 1, backbone.embedding_size, device=device)
-    try:
-        with _evaluating(backbone), torch.no_grad():
-            for start in range(mine.start, mine.stop, batch_size):
-                stop = min(start + batch_size, mine.stop)
+    bad = 0
+    with _evaluating(backbone), torch.no_grad():
+        for place in range(0, longest, batch_size):
+            if each is not None:
+                each()
+            start, stop = mine.start + place, min(mine.start + place + batch_size, mine.stop)
+            if bad or start >= stop:  # another rank may have an image more
+                continue
+            try:
                 x_B3HW = _pixels(images, start, stop, device)
-                packed_SD[start - mine.start : stop - mine.start] = backbone(x_B3HW) + backbone(x_B3HW.flip(-1))
-    except _BadImageError as bad:
-        packed_SD[-1, 0] = bad.number + 1
+            except _BadImageError as error:
+                bad = error.number + 1
+                continue
+            packed_SD[start - mine.start : stop - mine.start] = backbone(x_B3HW) + backbone(x_B3HW.flip(-1))
+    packed_SD[-1, 0] = bad
     if group is None:
         gathered_WSD = packed_SD[None]
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ def embed_pairs(
     *,
     batch_size: int,
     group: dist.ProcessGroup | None = None,
+    each: Callable[[], None] | None = None,
 ) -> PairEmbeddings:
     """Embed 2P images, of which 2i and 2i + 1 are pair i; what `data.verification_bin.read_bin` returns.
 
@@ -35,5 +37,5 @@ def embed_pairs(
     """
     if same_P.ndim != 1 or len(images) != 2 * len(same_P):
         raise ValueError(f"expected two images a pair, got {len(images)} images and pairs of shape {same_P.shape}")
-    x: npt.NDArray[Any] = embed_images(backbone, images, batch_size=batch_size, group=group).cpu().numpy()
+    x: npt.NDArray[Any] = embed_images(backbone, images, batch_size=batch_size, group=group, each=each).cpu().numpy()
     return PairEmbeddings(x[0::2], x[1::2], same_P)

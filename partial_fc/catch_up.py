@@ -47,9 +47,21 @@ class MissedSteps:
         """Steps that the row has seen, by a gradient or by catching up."""
 
     def after_step(
-        self, tiles: list[Tile], subcentres: int, *, everything: bool, lr: float, momentum: float, decay: float
+        self,
+        tiles: list[Tile],
+        subcentres: int,
+        *,
+        everything: bool,
+        lr: float,
+        momentum: float,
+        decay: float,
+        skip: Tensor | None = None,
     ) -> None:
-        """A step has been taken, in which these tiles had a gradient. everything: they are all there is."""
+        """A step has been taken, in which these tiles had a gradient. everything: they are all there is.
+
+        skip: scalar on the device; where it is not 0, nothing has moved and nobody has missed anything: the step is
+        the identity. These tiles were up to date before it, and still are.
+        """
         self.version = self.parameter._version
         if everything and not self.behind:
             return
@@ -58,6 +70,8 @@ class MissedSteps:
         step_122 = one_122.clone()
         for place, value in zip(step_122.view(4), (1 - lr * decay, -lr * momentum, decay, momentum), strict=True):
             place.fill_(value)  # a tensor made of these numbers would make a GPU's host wait
+        if skip is not None:
+            step_122 = torch.where(skip != 0, one_122, step_122)
         self.products_T22 = torch.cat([step_122 @ self.products_T22, one_122])
         now = len(self.products_T22) - 1
         for tile in tiles:

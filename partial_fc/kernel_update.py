@@ -61,12 +61,14 @@ def _one_minus_power(steps, log_beta):
 
 @triton.jit(do_not_specialize=["start", "S", "C", "key", "first_row"])
 def _step_kernel(
-    w, rows, sums, grad, first_state, second_state, row_steps, start, S, C, key, first_row,
+    w, rows, sums, grad, first_state, second_state, row_steps, skip, start, S, C, key, first_row,
     lr, decay, beta1, beta2, new1, new2, log_beta1, log_beta2, eps,
     RULE: tl.constexpr, ON_SPHERE: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row_c, real_c = tile_rows(rows, start + place_c, S, C)
+    if skip is not None:
+        real_c = real_c & (tl.load(skip + tl.zeros_like(place_c)) == 0.0)  # or no row takes part
     d = tl.arange(0, E)
     mask_cE = real_c[:, None] & (d < D)
     at_cE = row_c[:, None] * D + d
@@ -125,7 +127,7 @@ _NUMBERS = ("lr", "decay", "beta1", "beta2", "new1", "new2", "log_beta1", "log_b
 def _rule_arguments(rule: Sgd | AdamW | None) -> dict[str, Any]:
     """Arguments of the step, by name. None: the gradient is written."""
     found: dict[str, Any] = dict.fromkeys(_NUMBERS, 0.0) | {"RULE": "gradient", "ON_SPHERE": False}
-    found |= dict.fromkeys(("grad", "first_state", "second_state", "row_steps"))
+    found |= dict.fromkeys(("grad", "first_state", "second_state", "row_steps", "skip"))
     if rule is None:
         return found
     found |= {"lr": float(rule.lr), "decay": float(rule.decay), "ON_SPHERE": rule.on_sphere}
@@ -200,7 +202,8 @@ def update(
     key: int,
     first_row: int,
     extra: tuple[Tensor, Tensor] | None,
+    skip: Tensor | None,
 ) -> None:
     """`kernels.update`."""
     signed_key = key - (1 << 32) if key >= 1 << 31 else key  # of one type for Triton, whatever its value
-    _walk(batches, rows_S, _rule_arguments(rule) | {"key": signed_key, "first_row": first_row}, extra)
+    _walk(batches, rows_S, _rule_arguments(rule) | {"key": signed_key, "first_row": first_row, "skip": skip}, extra)

@@ -100,14 +100,16 @@ def update(
     key: int = 0,
     first_row: int = 0,
     extra: tuple[Tensor, Tensor] | None = None,
+    skip: Tensor | None = None,
 ) -> None:
     """Apply that gradient to the centres that take part, and to their state, in place; no other row is read or written.
 
     Centres and states are float32, or bfloat16 with stochastic rounding by a hash of (key, first_row + row, column),
     key being a uint32: a class is rounded alike on any number of ranks, and as by `partial_fc.rounding`. extra: int64
     rows, and gradients (rows, D) of the raw centres that are added, tangent to them as all of this project are; rows
-    that take no part are left. Collectives: none.
+    that take no part are left. skip: float32 scalar on the device; where it is not 0, not a bit changes. Collectives:
+    none.
     """
     from partial_fc.kernel_update import update as run  # noqa: PLC0415  needs Triton
 
-    run(batches, rows_S, rule, key=key, first_row=first_row, extra=extra)
+    run(batches, rows_S, rule, key=key, first_row=first_row, extra=extra, skip=skip)

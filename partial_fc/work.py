@@ -99,9 +99,10 @@ class CentreWork:
         plain_dense = self.values_SD is not None and self.rows_S is None
         return bool(self.gradients) and all(g.by_kernels for g in self.gradients) and not plain_dense
 
-    def update_by_kernels(self, rule: kernels.Sgd | kernels.AdamW, key: int) -> None:
+    def update_by_kernels(self, rule: kernels.Sgd | kernels.AdamW, key: int, skip: Tensor | None) -> None:
+        """skip: as `kernels.update` takes it."""
         rows_S = None if self.sampled is None else self.sampled.rows_S
         extra = None if self.rows_S is None or self.values_SD is None else (self.rows_S, self.values_SD)
         batches = [gradient.for_kernels(self.p) for gradient in self.gradients]
-        kernels.update(batches, rows_S, rule, key=key, first_row=self.first_class, extra=extra)
+        kernels.update(batches, rows_S, rule, key=key, first_row=self.first_class, extra=extra, skip=skip)
         torch.autograd.graph.increment_version(self.p)

@@ -123,6 +123,26 @@ def check_update(case: Case, device: str, kind: str, on_sphere: bool) -> None:
             assert off.max() <= 1.01 * 2**-7, f"{name}: {off.max():.3e} is more than a step of bf16"
 
 
+def check_skip(case: Case, device: str, kind: str, on_sphere: bool) -> None:
+    """A flag that is set: not a bit changes, whatever the gradient is. One that is clear: as without it."""
+    made = problem(case, device)
+    w_CD, rows_S = made.terms.w_CD, made.terms.rows_S
+    states = _states(case, made.generator, device)
+    start = [tensor.clone() for tensor in (w_CD, *states)]
+    ends = []
+    for flag, by_N in ((1.0, torch.full_like(made.batch.by_N, torch.nan)), (0.0, None), (None, None)):
+        for tensor, before in zip((w_CD, *states), start, strict=True):
+            tensor.copy_(before)
+        batch = made.batch if by_N is None else dataclasses.replace(made.batch, by_N=by_N)
+        skip = None if flag is None else torch.tensor(flag, device=device)
+        kernels.update([batch], rows_S, _make_rule(kind, on_sphere, states), key=7, skip=skip)
+        ends.append([tensor.clone() for tensor in (w_CD, *states)])
+    for before, skipped, clear, without in zip(start, *ends, strict=True):
+        assert torch.equal(before, skipped)
+        assert torch.equal(clear, without)
+    assert not torch.equal(ends[1][0], start[0])
+
+
 def check_lots(device: str) -> None:
     """Without a gradient, and with short factors, float32 is exact: bf16 must have the bits of the plain version."""
     case = Case(7, 50, 40, weight_dtype=BF16)

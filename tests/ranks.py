@@ -1,7 +1,7 @@
 """A pool of gloo ranks that lives for the whole test session.
 
 Starting a process that imports torch takes seconds; the suite holds hundreds of comparisons of 1, 2 and 4
-ranks. So four workers are started once, each makes the groups {0}, {0,1} and {0,1,2,3}, and a test sends them a
+ranks. So four workers are started once, each makes the groups of the first 1, 2, 3 and 4, and a test sends them a
 module-level function `fn(group, *args)`. Results come back in rank order; an exception in any rank is raised
 in the test with that rank's traceback; a hang is ended after `timeout` seconds and the pool starts afresh.
 """
@@ -24,6 +24,9 @@ import torch.distributed as dist
 from training.distributed import Ranks
 
 WORLD_SIZES = (1, 2, 4)
+_GROUPS = (1, 2, 3, 4)
+"""World sizes that a test may ask for."""
+_calls: dict[int, int] = {}
 
 
 def _work(rank: int, rendezvous: str, pipe: multiprocessing.connection.Connection) -> None:
@@ -35,7 +38,7 @@ def _work(rank: int, rendezvous: str, pipe: multiprocessing.connection.Connectio
         world_size=max(WORLD_SIZES),
         timeout=datetime.timedelta(seconds=120),
     )
-    groups = {world: dist.new_group(list(range(world))) for world in WORLD_SIZES}
+    groups = {world: dist.new_group(list(range(world))) for world in _GROUPS}
     while True:
         job = pipe.recv()
         if job is None:
@@ -97,11 +100,15 @@ class RankPool:
 
 
 def ranks_of(group: dist.ProcessGroup) -> Ranks:
-    """What training knows of a rank, for a group of this pool, on the CPU."""
+    """What training knows of a rank, for a group of this pool, on the CPU. Each has a store of its own with the others:
+    the ranks of a group call it alike.
+    """
+    world_size = dist.get_world_size(group)
+    _calls[world_size] = _calls.get(world_size, 0) + 1
     return Ranks(
         rank=dist.get_rank(group),
-        world_size=dist.get_world_size(group),
+        world_size=world_size,
         device=torch.device("cpu"),
         group=group,
-        store=dist.HashStore(),
+        store=dist.PrefixStore(f"{world_size}/{_calls[world_size]}", dist.distributed_c10d._get_default_store()),
     )

@@ -6,19 +6,21 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import GradBucket, HashStore, Store
+from torch._C._distributed_c10d import GradBucket, HashStore, Store, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
 from backbones import IMAGE_SIZE
 from configs.schema import ConfigError, TrainConfig
-
-_TIMEOUT = datetime.timedelta(minutes=10)
+from training.lost import says_a_rank_is_lost
+from training.monitor import NCCL_LATER_S, START_S, Monitor
+from training.orphans import stop_with_launcher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +32,12 @@ class Ranks:
     device: torch.device
     group: dist.ProcessGroup
     store: Store
+    monitor: Monitor = field(default_factory=Monitor)
+    """Told where this rank is; watches it once it is entered."""
+    timeout: float = 600
+    """Seconds that collectives wait once training is under way."""
+    launcher_store: Store | None = None
+    """Torchrun's, where `store` is another: it outlives every rank, but not torchrun."""
 
     @property
     def is_main(self) -> bool:
@@ -39,12 +47,28 @@ class Ranks:
         """Wait for all ranks. One collective."""
         dist.barrier(self.group)
 
+    def begin_step(self, step: int) -> None:
+        """Tell the monitor. From the second on, no rank may be late by more than `timeout`. No collective."""
+        self.monitor.at(step, "training")
+        self.monitor.steps += 1
+        if self.monitor.steps == 2 and self.world_size > 1:
+            dist.distributed_c10d._set_pg_timeout(_patience(self.timeout, self.device), self.group)
+
     def first_to_say(self, message: str) -> bool:
         """True on the first rank that asks about this message: an error that all ranks meet is printed once."""
         try:
-            return bool(self.store.add(f"said/{message}", 1) == 1)
+            return bool((self.launcher_store or self.store).add(f"said/{message}", 1) == 1)
         except RuntimeError:  # the rank that keeps the store has said it, and ended
             return False
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started the ranks anew after one of them failed (`--max-restarts`)."""
+    return _environment("TORCHELASTIC_RESTART_COUNT", 0) > 0
+
+
+def _patience(timeout: float, device: torch.device) -> datetime.timedelta:
+    return datetime.timedelta(seconds=timeout + (NCCL_LATER_S if device.type == "cuda" else 0))
 
 
 def _environment(name: str, default: int) -> int:
@@ -67,34 +91,90 @@ def _device(wanted: str, local_rank: int, local_world_size: int) -> torch.device
     return torch.device("cuda", local_rank)
 
 
+def _why_no_group(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    address, port = (os.environ.get(name, "not set") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    where = f"process group (MASTER_ADDR {address}, MASTER_PORT {port})"
+    if "EADDRINUSE" in str(error):
+        return f"{where}: the port is in use: end what listens there (ss -ltnp), or choose another MASTER_PORT"
+    if isinstance(error, dist.DistBackendError):  # its last line is the cause, the others say where NCCL was
+        cause = "more shared memory (docker run --shm-size=1g)" if "/dev/shm" in str(error) else "NCCL_DEBUG=INFO"
+        return f"{where}: {lines[-1]}: {cause}"
+    return f"{where}: {lines[0]}: python -m training doctor looks for the cause"
+
+
+def _record_flights(folder: Path) -> None:
+    """Let NCCL write its last collectives into `folder` when one times out, unless the environment says otherwise."""
+    with contextlib.suppress(OSError):  # a folder that cannot be written to is refused later, in words
+        folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    former = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", former or str(folder / "rank_"))
+
+
+def _store_that_outlives_torchrun(store: Store, rank: int, timeout: datetime.timedelta) -> Store:
+    """One that rank 0 keeps: ranks whose torchrun was killed can still agree on a last checkpoint."""
+    key = "port of the store of rank 0"
+    if rank == 0:
+        kept = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store.set(key, str(kept.port))
+        return kept
+    port = int(store.get(key))
+    return TCPStore(os.environ["MASTER_ADDR"], port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+
 @contextlib.contextmanager
-def open_ranks(config: TrainConfig) -> Iterator[Ranks]:
+def open_ranks(config: TrainConfig, *, flights: Path | None = None) -> Iterator[Ranks]:
     """Join the process group that torchrun's environment describes, or a group of one without torchrun.
 
     NCCL on GPUs, gloo on CPUs. CPU arithmetic gets `config.cpu_threads` threads, or this host's cores divided
-    by its ranks. With `precision: fp32` GPUs convolve in float32, not in TF32. Raises ConfigError when CUDA is asked
-    for and not there for every rank of this host. The group is closed at a clean end only: after an error the process
-    is expected to end.
+    by its ranks. With `precision: fp32` GPUs convolve in float32, not in TF32. flights: folder for NCCL's flight
+    recorder. Under torchrun this process ends with its launcher from here on. Raises ConfigError when CUDA is asked
+    for and not there for every rank of this host, and when ranks do not come together: a port that is in use, an
+    environment that lacks something, ranks that are missing, NCCL without shared memory. The group is closed at a
+    clean end only: after an error the process is expected to end.
     """
+    stop_with_launcher()
     rank, world_size = _environment("RANK", 0), _environment("WORLD_SIZE", 1)
     local_rank, local_world_size = _environment("LOCAL_RANK", 0), _environment("LOCAL_WORLD_SIZE", 1)
     device = _device(config.device, local_rank, local_world_size)
     torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_world_size))
-    arguments: dict[str, Any] = {"backend": "gloo", "timeout": _TIMEOUT}
+    arguments: dict[str, Any] = {"backend": "gloo", "timeout": _patience(max(config.timeout, START_S), device)}
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = config.precision != "fp32"  # by default convolutions round to 10 bits
         arguments |= {"backend": "nccl", "device_id": device}
+        if flights is not None:
+            _record_flights(flights)
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         arguments |= {"store": HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(**arguments)
+    try:
+        dist.init_process_group(**arguments)
+        if device.type == "cuda" and world_size > 1:
+            dist.barrier()  # NCCL connects with the first collective: what it lacks shows now, and in one line
+    except (dist.DistError, ValueError) as error:
+        raise ConfigError(_why_no_group(error)) from None
+    store = kept = dist.distributed_c10d._get_default_store()
+    launched = world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if launched:
+        kept = _store_that_outlives_torchrun(store, rank, arguments["timeout"])
     yield Ranks(
         rank=rank,
         world_size=world_size,
         device=device,
         group=dist.group.WORLD,  # type: ignore[arg-type]
-        store=dist.distributed_c10d._get_default_store(),
+        store=kept,
+        launcher_store=store,
+        timeout=config.timeout,
+        monitor=Monitor(store, rank=rank, world_size=world_size, timeout=config.timeout, cuda=device.type == "cuda"),
     )
+    if launched:
+        try:
+            dist.barrier()  # rank 0 takes its store with it
+        except RuntimeError as error:
+            if not says_a_rank_is_lost(error):  # all is done here
+                raise
     # Not after an error: NCCL would wait here for ranks that sit in a collective, and torchrun for this process.
     dist.destroy_process_group()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator, Mapping
 
@@ -11,9 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configs.schema import ClusteringConfig
+from clustering.service import ClusterService
+from configs.schema import ClusteringConfig, RunConfig
 from partial_fc.collectives import all_reduce_
 from training.distributed import Ranks
+from training.metrics import HISTOGRAM_BINS, RunLog, count_histogram
 from training.step import StepValues
 from training.timing import Stopwatch
 
@@ -34,30 +35,36 @@ def cluster_advice(values: Mapping[str, float], config: ClusteringConfig) -> str
     )
 
 
+def cluster_histograms(service: ClusterService, config: RunConfig, step: int, log: RunLog) -> None:
+    """Margins and hard levels of all classes: each rank counts its own, one all-reduce adds them."""
+    c = config.clustering
+    bounds = (0.0, config.head.margin) if c.margin_rule == "kappaface" else (c.margin_low, c.margin_high)
+    tags = {"margins": (service.margins_C, *bounds), "hard_level": (service.hard_levels_C, 0.0, 1.0)}
+    for tag, (values_C, low, high) in tags.items():
+        counts = all_reduce_(count_histogram(values_C, low, high), service.group).cpu()
+        total, squares = counts[HISTOGRAM_BINS:].tolist()
+        log.histogram(step, f"clusters/{tag}", counts[:HISTOGRAM_BINS], low, high, (total, squares))
+
+
 class Meter:
     """Adds up step values on the device, and time on this rank."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._sums = torch.zeros(len(_NAMES), device=ranks.device)
-        self._latest = torch.zeros((), device=ranks.device)
+        self._sums = torch.zeros(len(_NAMES) + 1, device=ranks.device)
+        """Of the steps that were not skipped; the last place counts them."""
+        self._one = torch.ones((), device=ranks.device)
         self._unusable = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self.data_wait = Stopwatch(torch.device("cpu"))
         self._steps = 0
         self._since = time.perf_counter()
 
     def add(self, values: StepValues) -> None:
-        self._latest = values.total + values.gradient_norm
-        self._sums += torch.stack(
-            [values.total, values.margin, values.contrastive, values.alignment, values.gradient_norm]
-        )
+        """A step's values. Those of a skipped one would spoil the means: of it only what did not decode counts."""
+        parts = (values.total, values.margin, values.contrastive, values.alignment, values.gradient_norm, self._one)
+        self._sums += torch.where(values.skipped != 0, 0, torch.stack(parts))
         self._unusable += values.unusable_rows
         self._steps += 1
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the last step's loss or gradient was not finite; the same on all ranks. Waits for the GPU."""
-        return not math.isfinite(self._latest.item())
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -76,9 +83,10 @@ class Meter:
     def take(self, head_time: Stopwatch, cluster_time: Stopwatch, global_batch: int) -> dict[str, float]:
         """Scalars by their TensorBoard names, means over the steps since the last call; then start again.
 
+        Losses and norms are of the steps that were not skipped, nan when all were.
         Times are those of the slowest rank. One all-reduce; waits for the GPU.
         """
-        means = (self._sums / self._steps).tolist()
+        *means, _ = (self._sums / self._sums[-1]).tolist()
         seconds = torch.tensor(
             [time.perf_counter() - self._since, self.data_wait.take(), head_time.take(), cluster_time.take()],
             dtype=torch.float64,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from partial_fc.collectives import extremes
 from training.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -34,20 +35,22 @@ class _Word(NamedTuple):
     here: torch.cuda.Event | None
 
 
-class StopRequest:
-    """Whether to stop: a context manager, in the main thread of every rank.
+class Stopped(Exception):  # noqa: N818  an order, not an error
+    """All ranks are to stop here, with a checkpoint. The message names the signal."""
 
-    In it the signals only leave a mark; a second Ctrl-C some seconds after the first raises KeyboardInterrupt.
+
+class Signals:
+    """A context manager, in the main thread: in it the signals only leave a mark.
+
+    A second Ctrl-C some seconds after the first raises KeyboardInterrupt.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks, self._cuda = ranks, ranks.device.type == "cuda"
-        self._lag = _LAG_GPU if self._cuda else _LAG_CPU
-        self._words: deque[_Word] = deque()
-        self._got, self._since = 0, 0.0
+    def __init__(self) -> None:
+        self.got, self._since = 0, 0.0
+        """got: number of the first that came, 0 for none."""
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Signals:
         self._before = {number: signal.signal(number, self._mark) for number in SIGNALS}
         return self
 
@@ -58,10 +61,30 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _mark(self, number: int, _: FrameType | None) -> None:
-        if self._got and number == signal.SIGINT and time.monotonic() - self._since > _IMPATIENT_S:
+        if self.got and number == signal.SIGINT and time.monotonic() - self._since > _IMPATIENT_S:
             raise KeyboardInterrupt
-        if not self._got:
-            self._got, self._since = number, time.monotonic()
+        if not self.got:
+            self.got, self._since = number, time.monotonic()
+
+
+class StopRequest:
+    """Whether to stop, on all ranks alike."""
+
+    def __init__(self, ranks: Ranks, signals: Signals) -> None:
+        self._ranks, self._signals, self._cuda = ranks, signals, ranks.device.type == "cuda"
+        self._lag = _LAG_GPU if self._cuda else _LAG_CPU
+        self._words: deque[_Word] = deque()
+
+    def check(self) -> None:
+        """Raise Stopped, on all ranks, when `due`. Call it as often on all of them."""
+        if name := self.due():
+            raise Stopped(name)
+
+    def check_now(self) -> None:
+        """The same, without a delay. One all-reduce; waits for it."""
+        _, highest = extremes(self._signals.got, self._ranks.group, self._ranks.device)
+        if highest:
+            raise Stopped(_name(highest))
 
     def due(self) -> str:
         """Name of a signal that some rank has got, the same on all of them, or "". Call it after every step.
@@ -69,7 +92,7 @@ class StopRequest:
         One all-reduce of one number, which is not waited for: its result is that of the call some steps later.
         """
         if self._ranks.world_size == 1:
-            return _name(self._got)
+            return _name(self._signals.got)
         self._words.append(self._send())
         if len(self._words) <= self._lag:
             return ""
@@ -81,7 +104,7 @@ class StopRequest:
         return _name(int(highest.item()))
 
     def _send(self) -> _Word:
-        highest = torch.full((1,), self._got, dtype=torch.int32, device=self._ranks.device)
+        highest = torch.full((1,), self._signals.got, dtype=torch.int32, device=self._ranks.device)
         work = dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._ranks.group, async_op=True)
         if not self._cuda:
             return _Word(highest, work, None)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,22 +11,24 @@ import torch
 
 from backbones import build_backbone
 from clustering.service import ClusterService
-from configs.load import to_dict, to_yaml
 from configs.schema import ConfigError, RunConfig
 from data.batch import Batch
-from data.files import appearing
 from data.loader import build_loader
-from partial_fc.collectives import all_reduce_
 from partial_fc.head import PartialFCHead
-from training.checkpoint import CheckpointError, CheckpointFolder, check_same_checkpoint, refuse_another_run
-from training.checks import make_writable, open_records
-from training.distributed import Ranks, data_parallel
+from training.agreement import facts_of, open_same_records
+from training.checkpoint import Saved
+from training.checkpointing import RunCheckpoints
+from training.checks import make_writable
+from training.distributed import Ranks, data_parallel, is_restart
 from training.errors import TrainingError
-from training.meter import Meter, cluster_advice
-from training.metrics import HISTOGRAM_BINS, RunLog, count_histogram
+from training.guard import Guard, RollBack
+from training.meter import Meter, cluster_advice, cluster_histograms
+from training.metrics import RunLog
 from training.optim import build_optimizers, learning_rate
+from training.papers import introduce, write_results
+from training.run_state import RunState
 from training.step import TrainStep
-from training.stopping import StopRequest
+from training.stopping import Signals, Stopped, StopRequest
 from training.timing import Stopwatch
 from training.verify import Verification
 
@@ -40,12 +39,13 @@ class Trainer:
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         train = config.train
+        self.batch_size, self.accumulation = train.share(ranks.world_size)
         self.output = Path(train.output)
         make_writable(self.output, ranks.rank)
-        self.records = open_records(config.data)
+        self.records = open_same_records(config.data, ranks)
         self.loader = build_loader(
             self.records,
-            batch_size=train.batch_size,
+            batch_size=self.batch_size,
             rank=ranks.rank,
             world_size=ranks.world_size,
             seed=train.seed,
@@ -59,14 +59,14 @@ class Trainer:
             images_per_identity=config.data.images_per_identity,
             window=config.data.window,
         )
-        self.steps_per_epoch = self.loader.steps_per_epoch // train.accumulation
+        self.steps_per_epoch = self.loader.steps_per_epoch // self.accumulation
         if self.steps_per_epoch == 0:
             raise ConfigError(
                 f"train.accumulation: expected at most the epoch's {self.loader.steps_per_epoch} batches, "
-                f"got {train.accumulation}"
+                f"got {self.accumulation}"
             )
         self.total_steps = self.steps_per_epoch * train.epochs
-        self.global_batch = train.batch_size * train.accumulation * ranks.world_size
+        self.global_batch = self.batch_size * self.accumulation * ranks.world_size
         torch.manual_seed(train.seed)  # the same weights on all ranks
         try:
             backbone = build_backbone(config.model.backbone, embedding_size=config.model.embedding_size)
@@ -97,10 +97,21 @@ class Trainer:
             device=ranks.device,
         )
         self.verification = Verification(config, self.records, ranks)
-        self.checkpoints = CheckpointFolder(self.output, ranks, train.keep_checkpoints)
-        self.step, self._saved, self._advised = 0, -1, False
+        state = RunState(
+            backbone=self.backbone.module,
+            head=self.head,
+            optimizers=self.optimizers,
+            service=self.service,
+            ranks=ranks,
+            seed=train.seed,
+        )
+        self.checkpoints = RunCheckpoints(train, ranks, state, facts_of(config, self.records, self.global_batch))
+        self.step, self._evaluated, self._advised = 0, -1, False
         self.meter = Meter(ranks)
-        self._resume()
+        trained = [name for name, p in self.backbone.module.named_parameters() if p.requires_grad]
+        self.guard = Guard(config.guard, parameters=trained, ranks=ranks, say=lambda line: self.log.say(line))  # noqa: PLW0108
+        if train.resume or is_restart():
+            self._resume()
 
     def _build_service(self) -> ClusterService:
         return ClusterService(
@@ -119,111 +130,137 @@ class Trainer:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def _settings(self) -> dict[str, dict[str, Any]]:
-        records = {"classes": self.records.num_classes, "samples": self.records.num_samples}
-        return {"records": records, **to_dict(self.config)}
-
-    def _state(self) -> dict[str, Any]:
-        # Optimizers first: that of the class centres may bring them up to date.
-        state: dict[str, Any] = {
-            "settings": self._settings(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "head": self.head.state_dict(),
-            "backbone": self.backbone.module.state_dict(),
-            "service": None if self.service is None else self.service.state_dict(),
-            "unusable": self.meter.unusable,
-            "random": torch.get_rng_state(),
+    def _values(self) -> dict[str, Any]:
+        """Counts that belong to the state of the run."""
+        scale = self.train_step.loss_scale
+        return {
+            "unusable": float(self.meter.unusable),
+            "guard": self.guard.state_dict(),
+            "loss_scale": None if scale is None else scale.state_dict(),
         }
-        if self.ranks.device.type == "cuda":
-            state["random_cuda"] = torch.cuda.get_rng_state(self.ranks.device)
-        return state
 
     def _resume(self) -> None:
-        path = self.checkpoints.latest() if self.config.train.resume else None
-        check_same_checkpoint(path, self.ranks)
-        if path is None:
-            return
-        state = self.checkpoints.load(path)
-        if missing := self._state().keys() - state.keys() - {"random_cuda"}:
-            raise CheckpointError(f"{path}: not a checkpoint of this program, {min(missing)!r} is not in it")
-        refuse_another_run(path, state["settings"], self._settings())
-        self.backbone.module.load_state_dict(state["backbone"])
-        self.head.load_state_dict(state["head"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if self.service is not None:
-            self.service.load_state_dict(state["service"])
-        self.meter.unusable.copy_(state["unusable"])
-        torch.set_rng_state(state["random"])
-        if self.ranks.device.type == "cuda" and "random_cuda" in state:  # else it was written on CPUs
-            torch.cuda.set_rng_state(state["random_cuda"], self.ranks.device)
-        self.step = self._saved = state["step"]
+        saved = self.checkpoints.resume()
+        if saved is not None:
+            self._go_on_from(saved)
+            self.guard.load_state_dict(saved.values["run"]["guard"])
 
-    def _save(self) -> None:
-        if self.step == self._saved:
-            return  # nothing has happened since the checkpoint that this run goes on from
-        self._refuse_diverged()
-        self.checkpoints.save(self.step, self._state())
-        self._saved = self.step
+    def _go_on_from(self, saved: Saved) -> None:
+        """Counts of the run as they were saved, but for the guard's."""
+        values = saved.values["run"]
+        self.meter.unusable.fill_(values["unusable"])
+        if self.train_step.loss_scale is not None:
+            self.train_step.loss_scale.load_state_dict(values["loss_scale"])
+        self.step = saved.manifest.step
+        self._evaluated = self.step if saved.manifest.evaluated else -1
+
+    def _roll_back(self, why: str) -> None:
+        """Go on from the newest checkpoint with a lower learning rate. Raises TrainingError when that is of no use."""
+        self.guard.rolled_back(why, can=self.checkpoints.has_one(self.log))
+        saved = self.checkpoints.resume()
+        assert saved is not None
+        self._go_on_from(saved)
+        rate = f"{self.guard.lr_factor:g} of the schedule's"
+        self.log.say(f"{why}: back to step {self.step}; the learning rate is {rate}")
+
+    def _save(self, *, last: bool = False) -> None:
+        """Raises RollBack instead of saving what no step could go on from."""
+        self.guard.settle()
+        self.guard.check_weights(self.backbone.module, self.head)
+        self.ranks.monitor.at(self.step, "checkpoint")
+        self.checkpoints.save(self.step, self._values, self.log, last=last)
 
     # ---- training ----------------------------------------------------------------------------------------------
 
-    def run(self) -> str:
+    def run(self, signals: Signals) -> str:
         """Train to the end, evaluating, saving and logging on the way: "", or the signal by which it was stopped.
 
-        Raises TrainingError when it cannot go on. Call it in the main thread.
+        Raises TrainingError when it cannot go on.
         """
-        with StopRequest(self.ranks) as stop:
-            return self._run(stop)
-
-    def _run(self, stop: StopRequest) -> str:
+        self._stop = StopRequest(self.ranks, signals)
         train = self.config.train
         last = min(self.total_steps, train.stop_after_steps or self.total_steps)
         self.log = RunLog(self.output, active=self.ranks.is_main, total_steps=self.total_steps, first_step=self.step)
+        self.ranks.monitor.closing.append(self.log.close)
         try:
-            self._introduce()
-            if self.step == 0:
-                self._evaluate()  # untrained: what the later figures stand against
+            introduce(self.log, self.config, self.records, self.ranks, self.output)
+            self.log.say(
+                f"{self.loader.backend} loader, {self.global_batch} images a step, {self.steps_per_epoch} steps an "
+                f"epoch, {self.total_steps} in all" + (f"; resumed at step {self.step}" if self.step else "")
+            )
             stopped = ""
-            while self.step < last and not stopped:
-                for batches in self._epoch_from(self.step, last):
-                    values = self.train_step(batches, step=self.step, lr=self._learning_rate())
-                    self.step += 1
-                    self.meter.add(values)
-                    self.log.moved(self.step)
-                    self._after_step(last)
-                    if stopped := stop.due():
-                        break
-            self._save()
-            if self.step == self.total_steps:
-                self._finish()
-            else:
-                by = f" by {stopped}" if stopped else ""
-                self.log.say(f"stopped{by} after {self.step} of {self.total_steps} steps; the same command goes on")
-                return stopped
+            try:
+                self._stop.check_now()  # it may have come while all was built
+                self._train(last)
+                if self.step == self.total_steps:
+                    self._finish()
+                    return ""
+            except Stopped as end:
+                stopped = str(end)
+                self._save_last()
+            by = f" by {stopped}" if stopped else ""
+            self.log.say(f"stopped{by} after {self.step} of {self.total_steps} steps; the same command goes on")
+            return stopped
         finally:
             self.log.close()
             self.loader.close()
             self.records.close()
-        return ""
+
+    def _train(self, last: int) -> None:
+        """To step `last`, and save. Raises Stopped, on all ranks."""
+        while True:
+            try:
+                if self._is_evaluation_due() and self.step < self.total_steps:
+                    self._evaluate()  # untrained: what the later figures stand against; or what a stop came before
+                self._steps(last)
+                self._save(last=True)
+                return
+            except RollBack as failure:
+                self._roll_back(str(failure))
+
+    def _save_last(self) -> None:
+        """Before an end that was asked for."""
+        try:
+            if self.step:
+                self._save(last=True)
+        except RollBack as failure:  # nothing to save: the checkpoint before is the newest that one can go on from
+            self.log.say(f"{failure}: no checkpoint is written, the one before counts")
+
+    def _steps(self, last: int) -> None:
+        """Train to step `last`. Raises RollBack and Stopped, on all ranks."""
+        while self.step < last:
+            for batches in self._epoch_from(self.step, last):
+                self.ranks.begin_step(self.step)
+                lr = self._learning_rate()
+                values = self.train_step(batches, step=self.step, lr=lr)
+                self.guard.take(self.step, lr, values)
+                self.step += 1
+                self.meter.add(values)
+                self.log.moved(self.step)
+                self._after_step(last)
+                self._stop.check()
 
     def _after_step(self, last: int) -> None:
         """What is due after a finished step: log, histograms, evaluation, checkpoint."""
         train = self.config.train
         epoch_ends = self.step % self.steps_per_epoch == 0
-        evaluate_every = max(1, round(self.config.eval.every_epochs * self.steps_per_epoch))
         if self.step % train.log_steps == 0 or self.step == last or epoch_ends:
             self._report()
-        if self.step % train.histogram_steps == 0 or self.step == last:
-            self._histograms()
-        if self.step % evaluate_every == 0 and self.step < self.total_steps:
-            self._evaluate()
+        if self.service is not None and (self.step % train.histogram_steps == 0 or self.step == last):
+            cluster_histograms(self.service, self.config, self.step, self.log)
         if self.step % (train.checkpoint_steps or self.steps_per_epoch) == 0 and self.step < last:
-            with self.meter.pause():
-                self._save()
+            self._save()  # before an evaluation: it is written meanwhile
+        if self._is_evaluation_due() and self.step < self.total_steps:
+            self.guard.check_weights(self.backbone.module, self.head)
+            self._evaluate()
+
+    def _is_evaluation_due(self) -> bool:
+        """Also before the first step, and again when a run that goes on had not come to it."""
+        every = max(1, round(self.config.eval.every_epochs * self.steps_per_epoch))
+        return self.step % every == 0 and self._evaluated != self.step
 
     def _learning_rate(self) -> float:
-        return learning_rate(
+        return self.guard.lr_factor * learning_rate(
             self.step,
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
@@ -233,42 +270,33 @@ class Trainer:
 
     def _epoch_from(self, step: int, last: int) -> Iterator[list[Batch]]:
         """Groups of `accumulation` batches from optimizer step `step` to the end of its epoch, or to `last`."""
-        accumulation = self.config.train.accumulation
         epoch, done = divmod(step, self.steps_per_epoch)
         if done == 0:
             self.meter.unusable.zero_()
         stream = self.loader.epoch(epoch, start=done * self.global_batch)
         try:
             for _ in range(min(self.steps_per_epoch - done, last - step)):
+                self.ranks.monitor.at(self.step, "data")
                 with self.meter.data_wait:
-                    batches = list(itertools.islice(stream, accumulation))
+                    batches = list(itertools.islice(stream, self.accumulation))
                 yield batches
         finally:
             stream.close()
 
-    def _introduce(self) -> None:
-        records, ranks = self.records, self.ranks
-        if self.ranks.is_main:
-            (self.output / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        self.log.text("config", "```yaml\n" + to_yaml(self.config) + "```")
-        self.log.text(
-            "versions", f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}"
-        )
-        self.log.say(
-            f"{records.num_samples} images of {records.num_classes} identities ({records.layout} records), "
-            f"{ranks.world_size} rank(s) on {ranks.device.type}, {self.loader.backend} loader, "
-            f"{self.global_batch} images a step, {self.steps_per_epoch} steps an epoch, {self.total_steps} in all"
-            + (f"; resumed at step {self.step}" if self.step else "")
-        )
-
     def _evaluate(self) -> None:
+        self.ranks.monitor.at(self.step, "evaluation")
         with self.meter.pause():
-            self.verification.run(self.backbone.module, self.step, self.log, self.output)
+            score = self.verification.run(self.backbone.module, self.step, self.log, self.output, self._stop)
+            self.checkpoints.rate(self.step, score, self.log)
+        self._evaluated = self.step
 
     def _report(self) -> None:
         """Log the means since the last report; stop, on all ranks alike, when going on makes no sense."""
         values = self.meter.take(self.train_step.head_time, self.train_step.cluster_time, self.global_batch)
         values["optim/learning_rate"] = self._learning_rate()
+        values |= self.guard.statistics()
+        self.checkpoints.listen(self.log)
+        values |= self.checkpoints.statistics()
         if self.service is not None:
             values |= self.service.statistics(self.step)
         losses = " ".join(f"{name} {values[f'loss/{name}']:.3f}" for name in ("margin", "contrastive", "alignment"))
@@ -277,7 +305,6 @@ class Trainer:
         if not self._advised and (advice := cluster_advice(values, self.config.clustering)):
             self._advised = True
             self.log.say(advice)
-        self._refuse_diverged()
         bad, limit = values["data/images_that_did_not_decode"], self.config.data.max_bad_images
         if bad > limit:
             raise TrainingError(
@@ -285,34 +312,9 @@ class Trainer:
                 "them; repair the records, or raise the limit"
             )
 
-    def _refuse_diverged(self) -> None:
-        if self.meter.diverged:
-            raise TrainingError(
-                f"the loss or its gradient is no longer finite at step {self.step}: lower optim.lr, add "
-                "optim.warmup_epochs, or use --set train.precision=fp32; the newest checkpoint is from before"
-            )
-
-    def _histograms(self) -> None:
-        """Margins and hard levels of all classes: each rank counts its own, one all-reduce adds them."""
-        if self.service is None:
-            return
-        c = self.config.clustering
-        bounds = (0.0, self.config.head.margin) if c.margin_rule == "kappaface" else (c.margin_low, c.margin_high)
-        tags = {"margins": (self.service.margins_C, *bounds),
-                "hard_level": (self.service.hard_levels_C, 0.0, 1.0)}  # fmt: skip
-        for tag, (values_C, low, high) in tags.items():
-            counts = all_reduce_(count_histogram(values_C, low, high), self.ranks.group).cpu()
-            total, squares = counts[HISTOGRAM_BINS:].tolist()
-            self.log.histogram(self.step, f"clusters/{tag}", counts[:HISTOGRAM_BINS], low, high, (total, squares))
-
     def _finish(self) -> None:
         self._evaluate()
         hardest = None if self.service is None else self.service.easiest_and_hardest(5)
         if self.ranks.is_main:
-            with appearing([self.output / "backbone.pt"]) as (partial,), partial.open("wb") as file:
-                torch.save(self.backbone.module.state_dict(), file)  # a path would hide why it cannot be written
-            if hardest is not None:
-                rows = [dataclasses.asdict(row) for row in hardest]
-                with appearing([self.output / "classes.json"]) as (partial,):
-                    partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            write_results(self.output, self.backbone.module, hardest)
         self.log.say(f"done: weights in {self.output / 'backbone.pt'}, logs in {self.output / 'tensorboard'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from evaluation.plots import save_png, verification_figure
 from training.distributed import Ranks
 from training.errors import TrainingError
 from training.metrics import RunLog, append_line
+from training.stopping import StopRequest
 
 
 class _Set(NamedTuple):
@@ -44,32 +46,41 @@ class Verification:
         self._ranks = ranks
         self._shown: dict[str, dict[str, pairs_of_faces.Verification]] = {}
 
-    def run(self, backbone: Backbone, step: int, log: RunLog, output: Path) -> None:
-        """Evaluate after `step` optimizer steps; every rank takes part, rank 0 logs.
+    def run(self, backbone: Backbone, step: int, log: RunLog, output: Path, stop: StopRequest) -> float | None:
+        """Evaluate after `step` optimizer steps; every rank takes part, rank 0 logs: mean accuracy of the sets, there.
 
         Writes a line for each set to verification.jsonl, its figures to TensorBoard, and roc_<set>.png, which shows
         the first evaluation of this process beside the newest. Collectives: one broadcast of the BatchNorm
         statistics, one all-gather of embeddings for each set. Raises TrainingError, on all ranks, when embeddings are
-        not finite.
+        not finite, and Stopped when all ranks are to stop, amid a set too.
         """
         if not self._sets:
-            return
+            return None
         share_statistics(backbone, self._ranks.group)
+        accuracies: list[float] = []
         for name, pairs in self._sets:
-            embedded = self._embed(backbone, name, pairs)
+            embedded = self._embed(backbone, name, pairs, stop)
             if not (_finite(embedded.first_PD) and _finite(embedded.second_PD)):
                 raise TrainingError(
                     f"embeddings of {name} are not finite after step {step}: the training has diverged; lower "
                     "optim.lr, or go on from an older checkpoint"
                 )
             if self._ranks.is_main:
-                self._tell(name, pairs_of_faces.verify(*embedded), step, log, output)
+                result = pairs_of_faces.verify(*embedded)
+                accuracies.append(result.accuracy)
+                self._tell(name, result, step, log, output)
+        return statistics.fmean(accuracies) if accuracies else None
 
-    def _embed(self, backbone: Backbone, name: str, pairs: VerificationSet) -> PairEmbeddings:
+    def _embed(self, backbone: Backbone, name: str, pairs: VerificationSet, stop: StopRequest) -> PairEmbeddings:
         group, size = self._ranks.group, self._batch_size
+
+        def each() -> None:
+            self._ranks.monitor.moved()  # progress: a large set may take longer than ranks wait for one that is silent
+            stop.check()
+
         try:
             with torch.autocast(self._ranks.device.type, dtype=torch.bfloat16, enabled=self._bf16):
-                return embed_pairs(backbone, pairs.images, pairs.same, batch_size=size, group=group)
+                return embed_pairs(backbone, pairs.images, pairs.same, batch_size=size, group=group, each=each)
         except DataError as error:  # the same on all ranks
             raise DataError(f"{name}: {error}") from None
 

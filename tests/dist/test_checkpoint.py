@@ -1,166 +1,235 @@
-"""Checkpoints: what is saved comes back bit for bit, `latest` only names whole ones, and misfits are refused."""
+"""Checkpoints of several ranks: written beside training, counted only when all are there, gone on from alike by all."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
+import os
+import threading
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from configs.schema import TrainConfig
+from sharding import Rows, shard_of
 from tests.ranks import RankPool, ranks_of
-from training.checkpoint import CheckpointError, CheckpointFolder, check_same_checkpoint, refuse_another_run
+from training.checkpoint import CheckpointError, Checkpoints, Saved, Saver, Written, place_of
+from training.checkpoint.same_run import refuse_another_run
+from training.checkpointing import RunCheckpoints
+from training.metrics import RunLog
+
+ROWS = 11
+X = torch.arange(ROWS * 3, dtype=torch.float32).view(ROWS, 3)
 
 
-def _save_three(group: dist.ProcessGroup, output: Path) -> list[float]:
-    folder = CheckpointFolder(output, ranks_of(group), keep=2)
-    rank = dist.get_rank(group)
+def _saver(group: dist.ProcessGroup, output: Path, token: str = "ab") -> Saver:
+    checkpoints = Checkpoints(place_of(str(output)), keep=2, keep_best=0)
+    return Saver(checkpoints, ranks_of(group), token)
+
+
+def _rows(group: dist.ProcessGroup) -> Rows:
+    shard = shard_of(dist.get_rank(group), dist.get_world_size(group), ROWS)
+    return Rows(X[shard.start : shard.stop].clone(), shard.start, ROWS)
+
+
+def _save_three(group: dist.ProcessGroup, output: Path) -> list[str]:
+    saver, rows = _saver(group, output), _rows(group)
+    told: list[Written | None] = []
     for step in (5, 10, 15):
-        folder.save(step, {"value": torch.tensor([rank + step / 100]), "nested": {"list": [1, 2.5, "x", None]}})
-    path = folder.latest()
-    assert path is not None
-    state = folder.load(path)
-    assert state["step"] == 15
-    assert state["nested"] == {"list": [1, 2.5, "x", None]}
-    return state["value"].tolist()
+        told.append(saver.save(step, {"x": rows, "whole": torch.full((2,), float(step))}, {"step": step}))
+        rows.tensor.add_(1)  # training goes on at once: the copy is what is written
+    told.append(saver.finish())
+    assert saver.finish() is None
+    return [written.error for written in told if written is not None]
 
 
-def _save_steps(group: dist.ProcessGroup, output: Path, steps: list[int]) -> str:
-    folder = CheckpointFolder(output, ranks_of(group), keep=2)
-    for step in steps:
-        folder.save(step, {"from": steps[0]})
-    path = folder.latest()
-    return "" if path is None else f"{path.name} of {folder.load(path)['from']}"
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_what_was_there_when_save_was_called_is_written(ranks: RankPool, tmp_path: Path, world_size: int) -> None:
+    assert ranks.run(world_size, _save_three, tmp_path) == [["", "", ""]] * world_size
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000000010", "step_000000015"]
+    assert (tmp_path / "latest").read_text() == "step_000000015\n"
+    for number, step in enumerate((10, 15), start=1):
+        saved = Saved(place_of(str(tmp_path)), f"step_{step:09d}")
+        assert torch.equal(saved.read("x"), X + number)
+        assert saved.read("whole").tolist() == [step, step]
+        assert (saved.manifest.step, saved.manifest.world_size, saved.values) == (step, world_size, {"step": step})
 
 
-def test_a_run_that_was_started_over_keeps_its_own_checkpoints(ranks: RankPool, tmp_path: Path) -> None:
-    assert ranks.run(2, _save_steps, tmp_path, [10, 20, 30]) == ["step_000000030 of 10"] * 2
-    assert ranks.run(2, _save_steps, tmp_path, [5]) == ["step_000000005 of 5"] * 2
-    assert ranks.run(2, _save_steps, tmp_path, [9, 15]) == ["step_000000015 of 9"] * 2
-    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
-    assert kept == ["step_000000009", "step_000000015"]
+def _save_on_a_full_disk(group: dist.ProcessGroup, output: Path, full: int) -> list[Any]:
+    """Rank `full` has no room."""
+    saver = _saver(group, output, "cd")
+    error = OSError(errno.ENOSPC, "No space left on device", "a part")
+    failing = mock.patch("training.checkpoint.saver.write", side_effect=error)
+    with failing if dist.get_rank(group) == full else contextlib.nullcontext():
+        saver.save(20, {"x": _rows(group)}, {})
+        written = saver.finish()
+    after = saver.save(25, {"x": _rows(group)}, {}) or saver.finish()
+    assert written is not None
+    assert after is not None
+    return [written.error, after.error]
 
 
-def _latest_and_load(group: dist.ProcessGroup, output: Path) -> str:
-    folder = CheckpointFolder(output, ranks_of(group), keep=2)
+@pytest.mark.parametrize("full", [0, 1])
+def test_one_full_disk_is_one_line_on_all_ranks_and_the_next_is_written(
+    ranks: RankPool, tmp_path: Path, full: int
+) -> None:
+    ranks.run(2, _save_three, tmp_path)
+    for error, after in ranks.run(2, _save_on_a_full_disk, tmp_path, full):
+        assert error == f"rank {full}: a part: No space left on device"
+        assert after == ""
+    assert not list((tmp_path / "step_000000020").glob("*")), "what was written of it has made room"
+    assert torch.equal(Saved(place_of(str(tmp_path)), "step_000000025").read("x"), X)
+
+
+def _save_elsewhere(group: dist.ProcessGroup, output: Path) -> str:
+    """As on hosts that share no file system."""
+    written = None
+    saver = _saver(group, output / str(dist.get_rank(group)))
+    saver.save(20, {"x": _rows(group)}, {})
+    written = saver.finish()
+    assert written is not None
+    return written.error
+
+
+def test_hosts_that_share_no_file_system_are_told(ranks: RankPool, tmp_path: Path) -> None:
+    for error in ranks.run(2, _save_elsewhere, tmp_path):
+        assert "expected the part of every rank" in error
+        assert "on a file system that all hosts share" in error
+    assert not list(tmp_path.rglob("latest"))
+
+
+def _save_and_leave(group: dist.ProcessGroup, output: Path) -> bool:
+    """Rank 1 never writes; the others' threads wait, and keep nobody."""
+    saver = _saver(group, output, "ef")
+    if dist.get_rank(group) != 1:
+        saver.save(30, {"x": _rows(group)}, {})
+    return all(thread.daemon for thread in threading.enumerate() if thread.name == "checkpoint")
+
+
+def test_a_save_that_one_rank_never_ends_does_not_count(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, _save_three, tmp_path)
+    assert ranks.run(2, _save_and_leave, tmp_path) == [True, True]
+    assert (tmp_path / "latest").read_text() == "step_000000015\n"
+    ranks.close(kill=True)  # with the threads that wait
+
+
+# ---- going on --------------------------------------------------------------------------------------------------
+
+
+class _State:
+    """In the place of a run: one sharded tensor."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rows, self.group = _rows(group), group
+
+    def collect(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"x": self.rows}, {}
+
+    def restore(self, saved: Saved) -> None:
+        self.rows.tensor.copy_(saved.read("x", self.rows.start, self.rows.start + len(self.rows.tensor)))
+
+
+def _resume(group: dist.ProcessGroup, output: Path, settings: Any = None) -> str:
+    """Step and numbers that this rank goes on with, or what was refused."""
+    state = _State(group)
+    state.rows.tensor.zero_()
+    config = TrainConfig(output=str(output), keep_checkpoints=3)
+    checkpoints = RunCheckpoints(config, ranks_of(group), state, settings or {})  # type: ignore[arg-type]
     try:
-        path = folder.latest()
-        if path is None:
-            return "none"
-        folder.load(path)
+        saved = checkpoints.resume()
     except CheckpointError as error:
         return str(error)
-    return "loaded"
+    if saved is None:
+        return "none"
+    return f"step {saved.manifest.step}: {state.rows.tensor.sum().item():g}"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_round_trip_and_pruning(ranks: RankPool, tmp_path: Path, world_size: int) -> None:
-    values = ranks.run(world_size, _save_three, tmp_path)
-    assert values == [pytest.approx([rank + 0.15]) for rank in range(world_size)]
-    folder = tmp_path / "checkpoints"
-    assert sorted(path.name for path in folder.glob("step_*")) == ["step_000000010", "step_000000015"]
-    assert (folder / "latest").read_text().strip() == "step_000000015"
-
-
-def _save_without_a_part(group: dist.ProcessGroup, output: Path) -> str:
-    """As on hosts that share no file system: rank 1 writes elsewhere."""
+def _run(group: dist.ProcessGroup, output: Path, steps: list[int], settings: Any = None) -> None:
+    state = _State(group)
+    config = TrainConfig(output=str(output), keep_checkpoints=3)
     ranks = ranks_of(group)
-    folder = CheckpointFolder(output if ranks.is_main else output / "elsewhere", ranks, keep=2)
-    if not ranks.is_main:
-        (output / "elsewhere").mkdir()
-    try:
-        if ranks.is_main:
-            folder.save(20, {})
-        else:
-            folder._write(folder.folder / "step_000000020.partial", 20, {})
-            ranks.barrier()
-    except CheckpointError as error:
-        return str(error)
-    return "saved"
+    checkpoints = RunCheckpoints(config, ranks, state, settings or {})  # type: ignore[arg-type]
+    log = RunLog(output, active=False, total_steps=9, first_step=0)
+    for step in steps:
+        state.rows.tensor.copy_(_rows(group).tensor + step)
+        checkpoints.save(step, dict, log)
+    checkpoints.save(steps[-1], dict, log, last=True)
 
 
-def test_a_checkpoint_without_all_its_parts_does_not_count(ranks: RankPool, tmp_path: Path) -> None:
-    ranks.run(2, _save_three, tmp_path)
-    assert "rank_1.pt is missing: put train.output on a file system" in ranks.run(2, _save_without_a_part, tmp_path)[0]
-    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step_000000015"
-    assert ranks.run(2, _latest_and_load, tmp_path) == ["loaded"] * 2
+def _sums(world_size: int, step: int) -> list[str]:
+    shards = [shard_of(rank, world_size, ROWS) for rank in range(world_size)]
+    return [f"step {step}: {(X + step)[s.start : s.stop].sum().item():g}" for s in shards]
 
 
-def _save_to_a_full_disk(group: dist.ProcessGroup, output: Path) -> str:
-    from unittest import mock
-
-    folder = CheckpointFolder(output, ranks_of(group), keep=2)
-    full = OSError(errno.ENOSPC, "No space left on device")
-    with mock.patch("training.checkpoint.os.fsync", side_effect=full), pytest.raises(CheckpointError) as error:
-        folder.save(20, {})
-    return str(error.value)
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 2), (2, 4), (4, 1)])
+def test_any_number_of_ranks_goes_on(ranks: RankPool, tmp_path: Path, before: int, after: int) -> None:
+    assert ranks.run(after, _resume, tmp_path) == ["none"] * after
+    ranks.run(before, _run, tmp_path, [1, 2])
+    assert ranks.run(after, _resume, tmp_path) == _sums(after, 2)
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_former_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
-    ranks.run(1, _save_three, tmp_path)
-    (message,) = ranks.run(1, _save_to_a_full_disk, tmp_path)
-    assert "cannot write the checkpoint of step 20 (No space left on device)" in message
-    assert ranks.run(1, _latest_and_load, tmp_path) == ["loaded"]
+def test_the_newest_whole_one_is_taken_by_all_ranks(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, _run, tmp_path, [1, 2, 3])
+    folder = tmp_path / "checkpoints"
+    part = next((folder / "step_000000003").glob("rank_00001-*"))
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1  # rank 0 does not read it
+    part.write_bytes(content)
+    assert ranks.run(2, _resume, tmp_path) == _sums(2, 2)
+    next((folder / "step_000000002").glob("rank_00000-*")).unlink()
+    assert ranks.run(2, _resume, tmp_path) == _sums(2, 1)
+    (folder / "step_000000001" / "manifest.json").write_text("{}")
+    for said in ranks.run(2, _resume, tmp_path):
+        assert "none of its 3 checkpoints is whole" in said
 
 
-def test_another_number_of_ranks_is_refused(ranks: RankPool, tmp_path: Path) -> None:
-    ranks.run(2, _save_three, tmp_path)
-    (message,) = ranks.run(1, _latest_and_load, tmp_path)
-    assert "was written by 2 ranks, this run has 1: start it with 2 ranks" in message
+def test_a_run_that_never_finished_one_starts(ranks: RankPool, tmp_path: Path) -> None:
+    half = tmp_path / "checkpoints" / "step_000000003"
+    half.mkdir(parents=True)
+    (half / "rank_00000-ab.safetensors").write_bytes(b"half")
+    assert ranks.run(2, _resume, tmp_path) == ["none"] * 2
 
 
-def test_a_save_that_died_half_way_is_not_seen(ranks: RankPool, tmp_path: Path) -> None:
-    assert ranks.run(1, _latest_and_load, tmp_path) == ["none"]
-    ranks.run(1, _save_three, tmp_path)
-    half = tmp_path / "checkpoints" / "step_000000020.partial"
-    half.mkdir()
-    (half / "rank_0.pt").write_bytes(b"half a file")
-    assert ranks.run(1, _latest_and_load, tmp_path) == ["loaded"]
+def _resume_apart(group: dist.ProcessGroup, outputs: list[Path]) -> str:
+    return _resume(group, outputs[dist.get_rank(group)])
 
 
-def test_damage_and_code_in_a_checkpoint_are_refused(ranks: RankPool, tmp_path: Path) -> None:
-    ranks.run(1, _save_three, tmp_path)
-    part = tmp_path / "checkpoints" / "step_000000015" / "rank_0.pt"
-    whole = part.read_bytes()
-    part.write_bytes(whole[: len(whole) // 2])
-    assert "damaged or not a checkpoint" in ranks.run(1, _latest_and_load, tmp_path)[0]
-    torch.save(
-        {"step": 1, "world_size": 1, "path": Path("x")}, part
-    )  # an object outside the allow-list of weights_only
-    message = ranks.run(1, _latest_and_load, tmp_path)[0]
-    assert "damaged or not a checkpoint" in message
-    assert "\n" not in message
+def test_ranks_that_see_different_checkpoints_stop_instead_of_hanging(ranks: RankPool, tmp_path: Path) -> None:
+    for name, steps in (("a", [7]), ("b", [7, 9]), ("c", [9])):
+        ranks.run(1, _run, tmp_path / name, steps)
+    a, b, c, none = (tmp_path / name for name in ("a", "b", "c", "none"))
+    for outputs, said in (([a, b], "step 7 and step 9"), ([none, b], "no checkpoint and step 9"),
+                          ([b, c], "step 9 and step 9")):  # fmt: skip
+        for message in ranks.run(2, _resume_apart, outputs):
+            assert f"ranks see different checkpoints ({said})" in message
 
 
-@pytest.mark.parametrize("name", ["step_000000099", "../elsewhere", ""])
-def test_latest_that_names_no_checkpoint_is_an_error(ranks: RankPool, tmp_path: Path, name: str) -> None:
-    ranks.run(1, _save_three, tmp_path)
-    (tmp_path / "checkpoints" / "latest").write_text(name + "\n")
-    assert "which is not a checkpoint beside it" in ranks.run(1, _latest_and_load, tmp_path)[0]
-
-
-def _agree(group: dist.ProcessGroup, steps: list[int | None]) -> str:
-    step = steps[dist.get_rank(group)]
-    try:
-        check_same_checkpoint(None if step is None else Path(f"x/step_{step:09d}"), ranks_of(group))
-    except CheckpointError as error:
-        return str(error)
-    return "agreed"
-
-
-def test_ranks_that_see_different_checkpoints_stop_instead_of_hanging(ranks: RankPool) -> None:
-    for steps in ([None] * 4, [1200] * 4):
-        assert ranks.run(4, _agree, steps) == ["agreed"] * 4
-    for steps, said in (([7, 7, 9, 7], "step 7 and step 9"), ([None, 9, 9, 9], "no checkpoint and step 9")):
-        messages = ranks.run(4, _agree, steps)
-        assert all(f"ranks see different checkpoints ({said})" in message for message in messages)
+def test_another_run_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(1, _run, tmp_path, [3], {"optim": {"lr": 0.1}})
+    assert ranks.run(1, _resume, tmp_path, {"optim": {"lr": 0.1}}) == _sums(1, 3)
+    (said,) = ranks.run(1, _resume, tmp_path, {"optim": {"lr": 0.2}})
+    assert "was written with optim.lr = 0.1, this run has 0.2" in said
 
 
 def test_a_changed_setting_is_named_and_free_ones_pass() -> None:
-    saved = {"head": {"margin": 0.5}, "train": {"epochs": 2, "log_steps": 50}}
-    refuse_another_run(Path("x"), saved, {"head": {"margin": 0.5}, "train": {"epochs": 2, "log_steps": 5}})
+    saved = {"head": {"margin": 0.5}, "train": {"epochs": 2, "log_steps": 50}, "step": {"images": 24}}
+    refuse_another_run("x", saved, {"head": {"margin": 0.5}, "train": {"epochs": 2, "log_steps": 5}})
     with pytest.raises(CheckpointError, match=r"head\.margin = 0\.5, this run has 0\.4"):
-        refuse_another_run(Path("x"), saved, {"head": {"margin": 0.4}})
+        refuse_another_run("x", saved, {"head": {"margin": 0.4}})
     with pytest.raises(CheckpointError, match=r"by a version of this program without head\.scale"):
-        refuse_another_run(Path("x"), saved, {"head": {"margin": 0.5, "scale": 64.0}})
+        refuse_another_run("x", saved, {"head": {"margin": 0.5, "scale": 64.0}})
+    with pytest.raises(CheckpointError, match=r"steps were of 24 images, this run's are of 18 .*global_batch=24"):
+        refuse_another_run("x", saved, {"step": {"images": 18}})
+
+
+def test_a_file_in_the_place_of_the_folder_is_one_line(ranks: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    (said,) = ranks.run(1, _resume, tmp_path)
+    assert "cannot read it" in said
+    assert json.dumps(said).count("\\n") == 0
+    assert os.path.isfile(tmp_path / "checkpoints")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clustering.errors import ClusterStateError
 from clustering.guard import agree
+from clustering.saving import kind_of
 from clustering.service import ClusterService
 from partial_fc.collectives import GatheredBatch
 from tests.dist.clustering_cases import CASES, CPU, Case
@@ -106,6 +107,63 @@ def test_loading_takes_back_what_was_published_since(ranks: RankPool) -> None:
     assert ranks.run(2, _taken_back) == [[], []]
 
 
+# ---- other ranks -----------------------------------------------------------------------------------------------
+
+
+def _parts(group: dist.ProcessGroup, stop: int) -> dict[str, Any]:
+    """A rank's state by dotted names."""
+    state = trained(group, DRIFTING, stop=stop, bank_dtype=torch.bfloat16).state_dict()
+    return {name.replace("/", ".")[1:]: value for name, value in _flat(_through_a_file(state)).items()}
+
+
+def _merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """As a checkpoint holds it: rows of all ranks, and of the rest rank 0's."""
+    merged = dict(parts[0])
+    for name, value in parts[0].items():
+        if isinstance(value, Tensor) and kind_of(name) != "whole":
+            merged[name] = torch.cat([part[name] for part in parts])
+    return merged
+
+
+def _gone_on(group: dist.ProcessGroup, merged: dict[str, Any], start: int) -> dict[str, Any]:
+    service = build(group, DRIFTING, bank_dtype=torch.bfloat16)
+    mine = {"class": service.classes, "cluster": service.clusters}
+    first = service.bank.first
+    state: dict[str, Any] = {}
+    for name, value in merged.items():
+        *path, last = name.split(".")
+        place = state
+        for step in path:
+            place = place.setdefault(step, {})
+        place[last] = value
+        if isinstance(value, Tensor) and (kind := kind_of(name)) not in ("whole", "rank"):
+            rows = slice(*mine[kind]) if kind in mine else slice(first, first + service.bank.size)
+            place[last] = value[rows]
+    service.load_state_dict(state)
+    train(service, DRIFTING, start=start)
+    return snapshot(service)
+
+
+@pytest.mark.parametrize("stop", [4, 5, 9])
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 3), (3, 1), (2, 4)])
+def test_other_ranks_go_on_where_a_refresh_was(ranks: RankPool, stop: int, before: int, after: int) -> None:
+    """Within the first refresh, and within the second; neither 9 classes nor 11 clusters are multiples."""
+    merged = _merged(ranks.run(before, _parts, stop))
+    assert merged["refresh"] is not None if "refresh" in merged else "refresh.done" in merged
+    found = ranks.run(after, _gone_on, merged, stop)
+    truth = ranks.run(after, _undisturbed)
+    for mine, theirs in zip(found, truth, strict=True):
+        assert mine["version"] == theirs["version"] == 3
+        assert mine["statistics"] == pytest.approx(theirs["statistics"], abs=1e-9)
+        for kind in ("by_cluster", "by_class", "whole"):
+            for key, values in theirs[kind].items():
+                assert torch.allclose(mine[kind][key], values, rtol=0, atol=2e-6), key
+
+
+def _undisturbed(group: dist.ProcessGroup) -> dict[str, Any]:
+    return snapshot(trained(group, DRIFTING, bank_dtype=torch.bfloat16))
+
+
 # ---- refused ---------------------------------------------------------------------------------------------------
 
 
@@ -119,13 +177,6 @@ def _refusal(group: dist.ProcessGroup, state: dict[str, Any], case: Case) -> str
         service.load_state_dict(state)
     assert service.version == 0
     return str(error.value)
-
-
-def test_a_state_of_another_number_of_ranks_is_refused(ranks: RankPool) -> None:
-    (state,) = ranks.run(1, _state)
-    for message in ranks.run(2, _refusal, state, NOISY):
-        assert "world_size = 1, this run has 2" in message
-        assert "resume with the same data, settings and number of ranks" in message
 
 
 @pytest.mark.parametrize(

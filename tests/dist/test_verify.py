@@ -18,6 +18,7 @@ from tests.image_cases import jpeg
 from tests.ranks import RankPool, ranks_of
 from training.errors import TrainingError
 from training.metrics import RunLog
+from training.stopping import Signals, StopRequest
 from training.verify import Verification, share_statistics
 
 
@@ -50,8 +51,8 @@ def _evaluate(group: dist.ProcessGroup, folder: Path, poison: bool) -> str:
     log = RunLog(output, active=ranks.is_main, total_steps=10, first_step=0)
     try:
         verification = Verification(config, _Records(folder), ranks)  # type: ignore[arg-type]
-        verification.run(backbone, 0, log, output)
-        verification.run(backbone, 5, log, output)
+        verification.run(backbone, 0, log, output, StopRequest(verification._ranks, Signals()))
+        verification.run(backbone, 5, log, output, StopRequest(verification._ranks, Signals()))
     except TrainingError as error:
         return str(error)
     finally:

@@ -42,6 +42,12 @@ def test_update_is_the_optimizers_step(weight_dtype: torch.dtype, kind: str, on_
     kernel_cases.check_update(Case(123, 252, 507, True, weight_dtype=weight_dtype), "cuda", kind, on_sphere)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, BF16])
+def test_a_step_that_is_skipped_changes_nothing(weight_dtype: torch.dtype, kind: str) -> None:
+    kernel_cases.check_skip(Case(123, 252, 507, True, weight_dtype=weight_dtype), "cuda", kind, False)
+
+
 @pytest.mark.parametrize(
     "check",
     [

@@ -9,34 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tests.integration.conftest import ROOT, Run, environment
+from training.checkpoint import Saved, place_of
 
 STEPS = 32  # 4 epochs x 8 steps
 
 
-def _final(folder: Path) -> list[dict[str, Any]]:
-    last = folder / "checkpoints" / f"step_{STEPS:09d}"
-    return [torch.load(path, weights_only=True) for path in sorted(last.glob("rank_*.pt"))]
-
-
-def _equal(a: Any, b: Any, where: str) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            if key not in {"output", "stop_after_steps", "checkpoint_steps"}:
-                _equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for position, (x, y) in enumerate(zip(a, b, strict=True)):
-            _equal(x, y, f"{where}[{position}]")
-    else:
-        assert a == b, where
+def _final(folder: Path) -> Saved:
+    return Saved(place_of(str(folder / "checkpoints")), f"step_{STEPS:09d}")
 
 
 def test_stopped_and_resumed_equals_never_stopped(train: Run, tmp_path: Path) -> None:
@@ -55,9 +38,16 @@ def test_stopped_and_resumed_equals_never_stopped(train: Run, tmp_path: Path) ->
 
 def same_end(folder: Path, *, ranks: int) -> None:
     first, second = _final(folder / "whole"), _final(folder / "parts")
-    assert len(first) == ranks
-    _equal(first, second, "checkpoint")
-    assert first[0]["service"]["version"] >= 2, "the run must have used clusters, or this test shows little"
+    assert first.manifest.world_size == second.manifest.world_size == ranks
+    assert first.names == second.names
+    for name in first.names:
+        assert torch.equal(first.read(name), second.read(name)), name
+    for values in (first.values, second.values):
+        for setting in ("output", "stop_after_steps", "checkpoint_steps"):
+            del values["settings"]["train"][setting]
+    assert first.values == second.values
+    version = first.values["state"]["clusters"]["version"]
+    assert version >= 2, "the run must have used clusters, or this test shows little"
 
 
 def test_killed_and_resumed_equals_never_stopped(train: Run, command: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_every_field_has_a_docstring_or_a_plain_name() -> None:
         "name",
         "batch_size",
     }
-    files = ("configs/head.py", "configs/augment.py", "configs/data.py", "configs/schema.py")
+    files = ("configs/guard.py", "configs/head.py", "configs/augment.py", "configs/data.py", "configs/schema.py")
     source = "".join((ROOT / name).read_text() for name in files)
     for section in dataclasses.fields(RunConfig):
         for field in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]

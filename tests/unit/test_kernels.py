@@ -56,6 +56,13 @@ def test_update_is_the_optimizers_step(interpreter: Run, case: Case, kind: str, 
 
 
 @needs_triton
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("case", UPDATES, ids=str)
+def test_a_step_that_is_skipped_changes_nothing(interpreter: Run, case: Case, kind: str) -> None:
+    interpreter(kernel_cases.check_skip, case, "cpu", kind, case.weight_dtype == BF16)
+
+
+@needs_triton
 def test_stochastic_rounding_has_the_bits_of_the_plain_version(interpreter: Run) -> None:
     interpreter(kernel_cases.check_lots, "cpu")
 
@@ -81,7 +88,7 @@ def _compile_all(capability: int, dim: int) -> int:
 
     types = dict.fromkeys(("rows", "target"), "*i64")
     types |= dict.fromkeys(("x", "unit", "w", "first_state", "second_state"), "*bf16")
-    types |= dict.fromkeys(("psi", "t", "other", "u", "by", "at_target", "sums", "grad", "row_steps"), "*fp32")
+    types |= dict.fromkeys(("psi", "t", "other", "u", "by", "at_target", "sums", "grad", "row_steps", "skip"), "*fp32")
     types |= dict.fromkeys(("N", "S", "C", "start", "stop", "split_size", "key", "first_row"), "i32")
 
     def shared(kernel: Any, constants: dict[str, Any], **options: int) -> int:

@@ -8,15 +8,12 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from data import blocks, remote, remote_records
 from data.__main__ import main
@@ -25,39 +22,11 @@ from data.errors import DataError
 from data.loader import build_loader
 from data.pack import write_records
 from data.records import RecordSet
+from tests.conftest import STORE_KEYS as KEYS
 from tests.image_cases import jpeg
 from tests.record_files import image_record, insightface_records, write_set
 
 COUNTS = [30, 0, 20, 41]
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ThreadedMotoServer]:
-    made = ThreadedMotoServer(port=0, verbose=False)
-    made.start()
-    yield made
-    made.stop()
-
-
-@pytest.fixture
-def endpoint(server: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": address})
-    return address
-
-
-@pytest.fixture
-def bucket(endpoint: str, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """fsspec's file system and the name of an empty bucket."""
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    files, name = fsspec.filesystem("s3"), f"bucket{abs(hash(request.node.name))}"
-    files.mkdir(name)
-    yield files, name
-    files.rm(name, recursive=True)
 
 
 @pytest.fixture(autouse=True)

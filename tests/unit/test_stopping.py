@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tests.ranks import RankPool, ranks_of
 from training import stopping
-from training.stopping import SIGNALS, StopRequest
+from training.stopping import SIGNALS, Signals, Stopped, StopRequest
 
 
 def _steps(group: dist.ProcessGroup, marked: int) -> list[str]:
@@ -19,11 +19,14 @@ def _steps(group: dist.ProcessGroup, marked: int) -> list[str]:
     ranks = ranks_of(group)
     before = [signal.getsignal(number) for number in SIGNALS]
     heard = []
-    with StopRequest(ranks) as stop:
+    with Signals() as signals:
+        stop = StopRequest(ranks, signals)
         for step in range(8):
             if step == 3 and ranks.rank == marked:
                 os.kill(os.getpid(), signal.SIGUSR1)
             heard.append(stop.due())
+        with pytest.raises(Stopped, match="SIGUSR1"):
+            stop.check_now()
     assert [signal.getsignal(number) for number in SIGNALS] == before
     return heard
 
@@ -38,7 +41,7 @@ def test_all_ranks_hear_of_it_at_the_same_step(ranks: RankPool, world_size: int)
 def _impatient(group: dist.ProcessGroup) -> list[bool]:
     stopping._IMPATIENT_S = 0.05
     raised = []
-    with StopRequest(ranks_of(group)):
+    with Signals():
         for wait in (0.0, 0.0, 0.1):
             time.sleep(wait)
             try:

@@ -1,0 +1,103 @@
+"""SIGTERM at any moment: in start-up, in an evaluation, while a checkpoint is written, in a refresh."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import pytest
+import torch
+
+from tests.integration.conftest import ROOT, Run, environment
+
+Command = Callable[..., list[str]]
+Weights = dict[str, torch.Tensor]
+SETTINGS = ("train.epochs=2", "train.checkpoint_steps=2", "eval.sets=[verification.bin]", "eval.every_epochs=9")
+_KEPT: Weights = {}
+
+_SLOW = """
+import signal, sys, time
+import training.checkpoint.saver as saver
+import training.trainer as trainer
+import train_dist
+from training.step import TrainStep
+
+moment, *arguments = sys.argv[1:]
+
+
+def say_and_wait(work):
+    times = iter([1])
+
+    def slow(*positional, **named):
+        print("NOW", flush=True)
+        time.sleep(next(times, 0))
+        return work(*positional, **named)
+
+    return slow
+
+
+if moment == "start-up":
+    trainer.build_loader = say_and_wait(trainer.build_loader)
+elif moment == "evaluation":
+    import evaluation.embed as embed
+    embed._pixels = say_and_wait(embed._pixels)
+elif moment == "saving":
+    saver.write = say_and_wait(saver.write)
+elif moment == "refresh":
+    from clustering.refresh import Refresh
+    Refresh.advance = say_and_wait(Refresh.advance)
+sys.exit(train_dist.main(arguments))
+"""
+"""Makes the moment long, and says when it has come."""
+
+
+@pytest.fixture
+def undisturbed(train_here: Run, tmp_path: Path) -> Weights:
+    """What a run that is let alone ends with."""
+    if not _KEPT:
+        whole = train_here(*SETTINGS, name="whole")
+        assert whole.returncode == 0, whole.stderr
+        _KEPT.update(torch.load(tmp_path / "whole" / "backbone.pt", weights_only=True))
+    return _KEPT
+
+
+@pytest.mark.parametrize(("moment", "steps"), [("start-up", "0"), ("evaluation", "0"), ("saving", ""), ("refresh", "")])
+def test_a_checkpoint_of_the_step_it_came_in(
+    train_here: Run, command: Command, tmp_path: Path, undisturbed: Weights, moment: str, steps: str
+) -> None:
+    slow = tmp_path / "slow.py"
+    slow.write_text(_SLOW)
+    arguments = command(1, *SETTINGS)[1:]
+    with subprocess.Popen(
+        [sys.executable, str(slow), moment, *arguments],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as run:  # fmt: skip
+        assert run.stdout is not None
+        _wait_for(run.stdout)
+        run.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        _, told = run.communicate(timeout=60)
+    assert run.returncode == 75, told
+    assert time.monotonic() - began < 30
+    step = told.partition("stopped by SIGTERM after ")[2].split()[0]
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    assert step == steps if steps else int(step) > 0
+    assert latest.read_text() == f"step_{int(step):09d}\n" if int(step) else not latest.exists()
+    rest = train_here(*SETTINGS)
+    assert rest.returncode == 0, rest.stderr
+    one = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)
+    assert all(torch.equal(one[key], undisturbed[key]) for key in one)
+    evaluated = (tmp_path / "run" / "verification.jsonl").read_text().splitlines()
+    assert len(evaluated) == 2, "an evaluation that was broken off is made anew, and none twice"
+
+
+def _wait_for(stream: IO[str]) -> None:
+    for line in stream:
+        if line == "NOW\n":
+            return
+    raise AssertionError("the moment never came")

@@ -1,0 +1,131 @@
+"""A checkpoint that is read: any rows of any tensor, whatever ranks wrote them, each block checked by its hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.checkpoint.errors import DamagedError
+from training.checkpoint.manifest import BLOCK, DTYPES, NAME, Entry, Manifest, parse
+from training.checkpoint.places import Place
+
+_KEPT = 8
+"""Blocks kept for the next tensor, which begins where the last one ended."""
+_THREADS = 4
+
+
+class Saved:
+    """One checkpoint of a place. No method runs a collective."""
+
+    def __init__(self, place: Place, folder: str) -> None:
+        """Reads the manifest, and looks whether every part is there in full length. Raises DamagedError."""
+        self.place, self.folder = place, folder
+        self.address = f"{place.address}/{folder}"
+        where = f"{self.address}/{NAME}"
+        try:
+            self.manifest: Manifest = parse(where, place.read(f"{folder}/{NAME}"))
+            for name, part in self.manifest.parts.items():
+                if (size := place.size(f"{folder}/{name}")) != part.size:
+                    raise DamagedError(f"{self.address}/{name}: expected {part.size} bytes, found {size}")
+        except FileNotFoundError as error:
+            raise DamagedError(f"{self.address}: not whole, {_name(error)} is missing") from None
+        except OSError as error:
+            raise DamagedError(f"{self.address}: cannot read it ({error.strerror or error})") from None
+        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return self.manifest.values
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.manifest.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the whole tensor. Raises DamagedError where there is none of that name."""
+        return self._entry(name).shape
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, all without them; a scalar as it is. On the CPU, (stop - start, …).
+
+        Raises DamagedError when they are not there, or a block that holds some of them is not what was written.
+        """
+        entry = self._entry(name)
+        stop = entry.rows if stop is None else stop
+        if not 0 <= start <= stop <= entry.rows:
+            raise DamagedError(f"{self.address}: {name}: expected rows {start} to {stop}, found {entry.rows}")
+        found = torch.empty((stop - start, *entry.shape[1:]), dtype=DTYPES[entry.dtype])
+        if found.numel():
+            into = found.view(-1).view(torch.uint8).numpy().data
+            for piece in entry.pieces:
+                first, last = max(start, piece.start), min(stop, piece.start + piece.rows)
+                if first < last:
+                    at = piece.offset + (first - piece.start) * entry.row_bytes
+                    self._fill(
+                        piece.file, at, into[(first - start) * entry.row_bytes : (last - start) * entry.row_bytes]
+                    )
+        return found if entry.shape else found[0]
+
+    def block(self, part: str, block: int) -> bytes:
+        """A block of a part. Raises DamagedError unless it is what was written."""
+        key = (part, block)
+        if (kept := self._kept.get(key)) is not None:
+            return kept
+        content = bytearray(min(BLOCK, self.manifest.parts[part].size - block * BLOCK))
+        self._read(part, block, memoryview(content))
+        self._kept[key] = bytes(content)
+        while len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+        return self._kept[key]
+
+    def _read(self, part: str, block: int, into: memoryview) -> None:
+        where = f"{self.address}/{part}"
+        try:
+            size = self.place.read_into(f"{self.folder}/{part}", block * BLOCK, into)
+        except OSError as error:
+            raise DamagedError(f"{where}: cannot read it ({error.strerror or error})") from None
+        if size != len(into) or hashlib.sha256(into).hexdigest() != self.manifest.parts[part].blocks[block]:
+            first = block * BLOCK
+            raise DamagedError(f"{where}: bytes {first} to {first + len(into) - 1} are not what was written")
+
+    def _entry(self, name: str) -> Entry:
+        entry = self.manifest.tensors.get(name)
+        if entry is None:
+            raise DamagedError(f"{self.address}: not a checkpoint of this program, {name!r} is not in it")
+        return entry
+
+    def _fill(self, part: str, begin: int, into: memoryview) -> None:
+        end = begin + len(into)
+        blocks = range(begin // BLOCK, -(-end // BLOCK))
+
+        def one(block: int) -> None:
+            first = block * BLOCK
+            last = min(first + BLOCK, self.manifest.parts[part].size)
+            if begin <= first and last <= end:
+                self._read(part, block, into[first - begin : last - begin])
+                return
+            content = self.block(part, block)
+            low, high = max(begin, first), min(end, last)
+            into[low - begin : high - begin] = content[low - first : high - first]
+
+        _all_of(one, blocks)
+
+
+def _all_of(work: Any, items: Sequence[int]) -> None:
+    if len(items) < 2:
+        for item in items:
+            work(item)
+        return
+    with ThreadPoolExecutor(_THREADS) as pool:  # reading and hashing let go of the interpreter
+        for _ in pool.map(work, items):
+            pass
+
+
+def _name(error: OSError) -> str:
+    return str(error.filename or error).rpartition("/")[2]

@@ -1,0 +1,137 @@
+"""What can be done with a checkpoint outside of a run: verify, export, cut anew. No process group."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.files import appearing
+from sharding import Rows, shard_of
+from training.checkpoint.errors import CheckpointError, DamagedError
+from training.checkpoint.folder import Checkpoints, folder_of, part_of
+from training.checkpoint.manifest import assembled
+from training.checkpoint.part import write
+from training.checkpoint.places import Place, place_of
+from training.checkpoint.saved import Saved
+
+_ROWS = 1 << 16
+"""Rows that are in memory at a time."""
+
+
+def checkpoints_at(where: str) -> tuple[Checkpoints, list[str]]:
+    """Checkpoints of a run's output, of its folder of checkpoints, or a single one; and their folders, newest last.
+
+    Raises CheckpointError where there is none.
+    """
+    where = where.rstrip("/")
+    above, _, last = where.rpartition("/")
+    try:
+        if re.fullmatch(r"step_\d+", last or where):
+            found = _of(place_of(above or os.curdir))
+            names = [last or where] if (last or where) in found.folders() else []
+        else:
+            found = _of(place_of(where))
+            if not (names := found.folders()):
+                found = _of(place_of(f"{where}/checkpoints"))
+                names = found.folders()
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot read it ({error.strerror or error})") from None
+    if not names:
+        raise CheckpointError(
+            f"{where}: expected the output of a run, its checkpoints, or one of them (step_…), found no checkpoint"
+        )
+    return found, names
+
+
+def _of(place: Place) -> Checkpoints:
+    return Checkpoints(place, keep=1, keep_best=0)
+
+
+def newest_at(where: str) -> Saved:
+    """The one that is named, or that a run would go on from. Raises CheckpointError where none is whole."""
+    found, names = checkpoints_at(where)
+    lines: list[str] = []
+    saved = (
+        Saved(found.place, names[0]) if where.rstrip("/").endswith(names[0]) else next(found.newest_first(lines), None)
+    )
+    if saved is None:
+        raise CheckpointError("; ".join(lines) or f"{where}: no checkpoint in it was ever finished")
+    return saved
+
+
+def damage(saved: Saved) -> Iterator[tuple[int, str]]:
+    """Reads all of it: of each block its bytes, and what is wrong with it, mostly nothing."""
+    for name, part in saved.manifest.parts.items():
+        left = part.size
+        for block in range(len(part.blocks)):
+            try:
+                size, wrong = len(saved.block(name, block)), ""
+            except DamagedError as error:
+                size, wrong = 0, str(error)
+            yield size or min(left, 1), wrong
+            left -= size
+
+
+def export_backbone(saved: Saved, out: Path) -> int:
+    """Write the backbone's weights as `backbone.pt`, or as .safetensors, by the name; returns how many numbers.
+
+    Raises CheckpointError when it is damaged, DataError when it cannot be written.
+    """
+    weights = {name.removeprefix("backbone."): saved.read(name) for name in saved.names if name.startswith("backbone.")}
+    _write(weights, out)
+    return sum(tensor.numel() for tensor in weights.values())
+
+
+def export_centres(saved: Saved, out: Path) -> int:
+    """Write all class centres, (C sub-centres, D), by class: as .npy in float32, .pt, or .safetensors; as above."""
+    if out.suffix != ".npy":
+        centres = saved.read("head.weight")
+        _write({"centres": centres}, out)
+        return centres.numel()
+    rows, dim = saved.shape("head.weight")
+    with appearing([out]) as (partial,), partial.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, dim)})
+        for start in range(0, rows, _ROWS):
+            some = saved.read("head.weight", start, min(rows, start + _ROWS))
+            file.write(some.float().numpy().tobytes())
+    return rows * dim
+
+
+def _write(tensors: dict[str, Tensor], out: Path) -> None:
+    with appearing([out]) as (partial,):
+        if out.suffix == ".safetensors":
+            write(place_of(str(partial.parent)), partial.name, tensors)
+        else:
+            with partial.open("wb") as file:  # a path would hide why it cannot be written
+                torch.save(tensors, file)
+
+
+def reshard(saved: Saved, out: str, ranks: int, is_cut: Callable[[str], bool]) -> Saved:
+    """Write it again as so many ranks would have, below `out`, and name it in `latest` there.
+
+    is_cut: whether a tensor is shared out over the ranks, by its name. Raises CheckpointError, OSError.
+    """
+    checkpoints = _of(place_of(out))
+    folder = folder_of(saved.manifest.step)
+    if folder in checkpoints.folders():
+        raise CheckpointError(f"{out}: expected no {folder} there: name another folder")
+    told = []
+    for rank in range(ranks):
+        tensors: dict[str, Rows | Tensor] = {}
+        for name in saved.names:
+            shape = saved.shape(name)
+            if is_cut(name):
+                shard = shard_of(rank, ranks, shape[0])
+                tensors[name] = Rows(saved.read(name, *shard), shard.start, shape[0])
+            elif rank == 0:
+                tensors[name] = saved.read(name)
+        told.append(write(checkpoints.place, f"{folder}/{part_of(rank, f'{time.time_ns():x}')}", tensors))
+    checkpoints.publish(folder, assembled(told, saved.manifest.step, saved.manifest.saved, saved.values))
+    return Saved(checkpoints.place, folder)

@@ -1,0 +1,43 @@
+"""What a run leaves beside its logs: its settings at the beginning, weights and hardest classes at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clustering.class_report import ClassReport
+from configs.load import to_yaml
+from configs.schema import RunConfig
+from data.files import appearing
+from data.records import RecordSet
+from training.distributed import Ranks
+from training.metrics import RunLog
+
+
+def introduce(log: RunLog, config: RunConfig, records: RecordSet, ranks: Ranks, output: Path) -> None:
+    """Write config.yaml, and tell the log what is trained on what. Raises OSError."""
+    settings = to_yaml(config)
+    if ranks.is_main:
+        (output / "config.yaml").write_text(settings, encoding="utf-8")
+    log.text("config", f"```yaml\n{settings}```")
+    log.text("versions", f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
+    log.say(
+        f"{records.num_samples} images of {records.num_classes} identities ({records.layout} records), "
+        f"{ranks.world_size} rank(s) on {ranks.device.type}"
+    )
+
+
+def write_results(output: Path, backbone: nn.Module, hardest: Sequence[ClassReport] | None) -> None:
+    """backbone.pt, and classes.json where there are clusters; each whole or not at all. Raises DataError."""
+    with appearing([output / "backbone.pt"]) as (partial,), partial.open("wb") as file:
+        torch.save(backbone.state_dict(), file)  # a path would hide why it cannot be written
+    if hardest is not None:
+        rows = [dataclasses.asdict(row) for row in hardest]
+        with appearing([output / "classes.json"]) as (partial,):
+            partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
