@@ -1,4 +1,4 @@
-"""How the tensors of a cluster service's state are cut over the ranks, so that any other number of ranks can take it up."""
+"""How the tensors of a cluster service's state are cut over the ranks, so that any other number can take it up."""
 
 from __future__ import annotations
 

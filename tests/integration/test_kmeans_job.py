@@ -197,6 +197,26 @@ def test_interrupted_from_outside(embeddings: Path, tmp_path: Path, number: int)
     assert (tmp_path / "c.npy.part" / "state.json").exists()
 
 
+def test_killed_in_an_iteration(run: Run, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SIGKILL, twice, at whatever moment that is; the same command goes on to the same bits."""
+    monkeypatch.chdir(embeddings)
+    rest = ("parts", "--k", "300", "--iterations", "40", "--tolerance", "0", "--batch", "300")
+    assert run(*rest, "--out", tmp_path / "whole.npy").returncode == 0
+    command = [sys.executable, "-m", "clustering", "kmeans", *rest, "--out", str(tmp_path / "parts.npy")]
+    for iteration in (2, 9):
+        with subprocess.Popen(
+            command, cwd=embeddings, env={**environment(), "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if f"iteration {iteration}" in line:
+                    process.kill()
+        assert process.returncode == -signal.SIGKILL
+    done = run(*rest, "--out", tmp_path / "parts.npy")
+    assert done.returncode == 0, done.stderr
+    assert _same(tmp_path / "whole.npy", tmp_path / "parts.npy")
+
+
 def test_other_settings_or_data_do_not_go_on(
     run: Run, embeddings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
