@@ -31,6 +31,7 @@ from configs.schema import HeadConfig, TrainConfig
 from partial_fc.head import PartialFCHead
 from partial_fc.optim import CentreSGD
 from training.checkpoint import Checkpoints, Saved, Saver, place_of
+from training.checkpoint.manifest import Facts
 from training.distributed import Ranks, open_ranks
 from training.run_state import RunState
 
@@ -95,7 +96,7 @@ class Ours:
         self._step += 1
         tensors, state = self._run.state.collect()
         began = time.perf_counter()
-        self._saver.save(self._step, tensors, {"state": state})
+        self._saver.save(tensors, Facts(step=self._step, run="", values={"state": state}))
         blocked = time.perf_counter() - began
         written = self._saver.finish()
         if written is None or written.error:

@@ -41,7 +41,7 @@ _ADDED_AT_A_TIME = 128
 """Centres that a point is compared with in the time in which it is added to a sum: makes slices of about one cost."""
 _MOST_ADDED = 1 << 20
 """Points that are added to sums at a time: some 4 GB of a GPU's memory to read and write."""
-_OF_POINTS = ("best_P", "index_P", "counted_P", "taking_part_P")
+OF_POINTS = ("best_P", "index_P", "counted_P", "taking_part_P")
 
 
 def _plainly(what: str, work: Callable[[], T], otherwise: T) -> T:
@@ -305,7 +305,7 @@ class KMeansRun:
         is to begin, -1 for none."""
         seed_P = torch.full_like(self.index_P, -1)
         seed_P[self.seed_point_Q] = self.seed_cluster_Q
-        state: dict[str, Any] = {name: getattr(self, name) for name in _OF_POINTS}
+        state: dict[str, Any] = {name: getattr(self, name) for name in OF_POINTS}
         place = {"done": self.done, "phase": self._phases()[self.done], "cut": self._cut()}
         return {**state, "centres_SD": self.centres_SD, "seed_P": seed_P, **place}
 
@@ -316,7 +316,7 @@ class KMeansRun:
         function of what was there before, and doing a part of them twice changes nothing.
         """
         device = self.centres_SD.device
-        for name in (*_OF_POINTS, "centres_SD"):
+        for name in (*OF_POINTS, "centres_SD"):
             setattr(self, name, state[name].to(device, copy=True))
         seed_P = state["seed_P"].to(device)
         self.seed_point_Q = (seed_P >= 0).nonzero()[:, 0]  # ascending, as they were found

@@ -21,7 +21,7 @@ from clustering.step_plain import Moving
 from partial_fc.collectives import GatheredBatch
 from sharding import Shard
 
-_TENSORS = (
+TENSORS = (
     "c_SD", "anchor_RD", "code_I", "class_K", "owner_K", "weight_K", "f_R", "hard_R", "samples_R",
     "margin_R", "smallest", "neighbour_Ck",
 )  # fmt: skip
@@ -117,12 +117,12 @@ class Published:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        tensors: dict[str, Any] = {name: getattr(self, name) for name in _TENSORS}
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in TENSORS}
         numbers = {"version": self.version, "drops_suspects": self.drops_suspects, "statistics": self.statistics}
         return {**tensors, **numbers}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Published:
-        tensors = {name: state[name].to(device, copy=True) for name in _TENSORS}
+        tensors = {name: state[name].to(device, copy=True) for name in TENSORS}
         numbers = {name: state[name] for name in ("version", "drops_suspects")}
         return cls(**tensors, **numbers, statistics=dict(state["statistics"]))

@@ -6,25 +6,32 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from clustering.published import OF_CLASSES
+from clustering.dist_kmeans import OF_POINTS
+from clustering.published import OF_CLASSES, TENSORS
 from clustering.service import ClusterService
 
 Kind = Literal["class", "cluster", "sample", "rank", "whole"]
 
 
+_KINDS: dict[str, Kind] = {
+    "bank.x": "sample",
+    "bank.seen": "sample",
+    **{f"published.{name}": "whole" for name in TENSORS},
+    **{f"published.{name}": "class" for name in OF_CLASSES},
+    "published.c_SD": "cluster",
+    "refresh.x": "sample",
+    "refresh.failure": "rank",
+    "refresh.run.centres_SD": "cluster",
+    **{f"refresh.run.{name}": "sample" for name in (*OF_POINTS, "seed_P")},
+}
+
+
 def kind_of(name: str) -> Kind:
-    """What the rows of a tensor are of; its dotted name in `ClusterService.state_dict`.
+    """What the rows of a tensor are of; its dotted name in `ClusterService.state_dict`. KeyError for another.
 
     "sample": sorted by (class, sample), as the bank has them. "rank": one row a rank. "whole": the same on every rank.
     """
-    first, _, last = name.partition(".")
-    if first == "bank":
-        return "sample"
-    if first == "published":
-        return "class" if last in OF_CLASSES else "cluster" if last == "c_SD" else "whole"
-    if last == "run.centres_SD":
-        return "cluster"
-    return "rank" if last == "failure" else "sample"
+    return _KINDS[name]
 
 
 def first_and_total(service: ClusterService, kind: Kind) -> tuple[int, int]:

@@ -185,7 +185,7 @@ class ClusterService:
         self._done = step + 1
         self._pace.step()
         if self._refresh is not None:
-            due = self._refresh.due(self._done) - self._refresh.done
+            due = max(0, self._refresh.due(self._done) - self._refresh.done)  # over other ranks it may be ahead
             with self._pace.slices(due):
                 for _ in range(due):
                     self._refresh.advance()

@@ -18,7 +18,7 @@ import yaml
 from configs.addresses import holds_credentials, where_credentials_belong
 from configs.schema import ConfigError, RunConfig
 
-_PATHS = ("data.path", "train.output", "eval.sets", "clustering.start")
+_PATHS = ("data.path", "train.output", "train.checkpoints", "eval.sets", "clustering.start")
 """Settings in which a leading ~ is the home folder."""
 _MOST_BYTES = 1 << 16
 """Of a recipe: ours have two thousand, and YAML can take quadratic time."""
@@ -105,6 +105,8 @@ def _refuse_credentials(config: RunConfig) -> None:
     path = config.data.path
     if holds_credentials(path):
         raise ConfigError(where_credentials_belong("data.path"))
+    if holds_credentials(config.train.checkpoints):
+        raise ConfigError(where_credentials_belong("train.checkpoints"))
     if any(holds_credentials(name if "://" in name else f"{path}/{name}") for name in config.eval.sets):
         raise ConfigError(where_credentials_belong("eval.sets"))
 

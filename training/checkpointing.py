@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from configs.schema import TrainConfig
 from partial_fc.collectives import extremes
 from training.checkpoint import CheckpointError, Checkpoints, DamagedError, Saved, Saver, Written, place_of
-from training.checkpoint.folder import folder_of
+from training.checkpoint.folder import LATEST, NONE, folder_of
+from training.checkpoint.manifest import Facts
 from training.checkpoint.same_run import refuse_another_run
-from training.distributed import Ranks
+from training.distributed import Ranks, is_restart
 from training.metrics import RunLog
 from training.run_state import RunState
 
 _log = logging.getLogger(__name__)
 
+_FINE, _DAMAGED, _REFUSED = range(3)
 _MOST_FAILURES = 2
 """Saves that fail in a row before the training ends: one may be a file system's bad minute."""
 
@@ -32,11 +37,25 @@ class RunCheckpoints:
         place = place_of(config.checkpoints or os.path.join(config.output, "checkpoints"))
         self.folder = Checkpoints(place, keep=config.keep_checkpoints, keep_best=config.keep_best)
         _, newest = extremes(int.from_bytes(os.urandom(6), "big"), ranks.group, ranks.device)
-        self._saver = Saver(self.folder, ranks, f"{newest:012x}")
-        self._saved, self._failures = -1, 0
+        self._token = self._run = f"{newest:012x}"
+        self._saver = Saver(self.folder, ranks, self._token)
+        self._saved, self._failures, self._resumed = -1, 0, 0
+        self._evaluation: tuple[int, float | None] = (-1, None)
         self._latest: Written | None = None
-        self._fault = ""
+        self._blocked, self._fault = 0.0, ""
         self._counts = False
+
+    def start(self, *, resume: bool) -> Saved | None:
+        """Resume or start over; from here on this run alone writes here. Two all-reduces for each that is tried.
+
+        Ranks that torchrun has started anew resume either way: what their own run has written.
+        """
+        _, restarted = extremes(int(is_restart()), self._ranks.group, self._ranks.device)  # each host counts its own
+        saved = self.resume() if resume or restarted else None
+        if self._ranks.is_main:
+            with contextlib.suppress(OSError):  # a place that cannot be written to is told of by the first save
+                self.folder.claim(self._token, over=saved is None)
+        return saved
 
     def resume(self) -> Saved | None:
         """Become what the newest whole checkpoint holds; None where there is none at all.
@@ -45,6 +64,8 @@ class RunCheckpoints:
         run, when ranks see different ones, or when there are some and none is whole. Two all-reduces for each.
         """
         lines: list[str] = []
+        self._resumed += 1
+        tried = 0
         try:
             candidates = self.folder.newest_first(lines)
             while True:
@@ -53,35 +74,44 @@ class RunCheckpoints:
                 self._check_same(saved)
                 if saved is None:
                     break
-                error = self._restored(saved)
-                if not extremes(int(bool(error)), self._ranks.group, self._ranks.device)[1]:
-                    self._saved, self._counts = saved.manifest.step, True
+                tried += 1
+                if self._all_restored(saved):
+                    self._saved, self._run = saved.manifest.step, saved.manifest.run
                     return saved
-                self._say([f"{error or 'another rank found it damaged'}: going on from an older checkpoint"])
-            there = self.folder.folders() if self.folder.pointer("latest") else []
+            over = self.folder.pointer(LATEST) == NONE
+            there = [] if over else self.folder.finished()
         except OSError as error:
             raise CheckpointError(f"{self.folder.place.address}: cannot read it ({error.strerror or error})") from None
-        if there:
+        if there or tried:
             raise CheckpointError(
-                f"{self.folder.place.address}: none of its {len(there)} checkpoints is whole, see above: bring one "
-                "back, choose another train.output, or start over with --set train.resume=false"
+                f"{self.folder.place.address}: none of its {max(len(there), tried)} checkpoints is whole, see above: "
+                "bring one back, choose another train.output, or start over with --set train.resume=false"
             )
         return None
 
-    def _restored(self, saved: Saved) -> str:
-        """Restore it here: what is damaged."""
+    def _all_restored(self, saved: Saved) -> bool:
+        """Whether all ranks have restored it; False when it is damaged on one. Two all-reduces at most."""
+        saved.each = self._ranks.monitor.moved
+        code, error = _FINE, ""
         try:
             refuse_another_run(saved.address, saved.values["settings"], self._settings)
             self._state.restore(saved)
-        except DamagedError as error:
-            return str(error)
-        except KeyError as error:
-            raise CheckpointError(f"{saved.address}: not a checkpoint of this program, {error} is not in it") from None
-        return ""
+        except DamagedError as raised:
+            code, error = _DAMAGED, str(raised)
+        except CheckpointError as raised:
+            code, error = _REFUSED, str(raised)
+        except KeyError as raised:
+            code, error = _REFUSED, f"{saved.address}: not a checkpoint of this program, {raised} is not in it"
+        _, worst = extremes(code, self._ranks.group, self._ranks.device)
+        if worst == _REFUSED:
+            raise CheckpointError(error or f"{saved.address}: another rank cannot go on from it")
+        if worst == _DAMAGED:
+            self._say([f"{error or f'{saved.address}: damaged, as another rank says'}: an older one is looked for"])
+        return worst == _FINE
 
     def _say(self, lines: list[str]) -> None:
         for line in lines:
-            if self._ranks.first_to_say(line):
+            if self._ranks.first_to_say(f"{self._resumed} {line}"):
                 _log.warning("%s", line)
         lines.clear()
 
@@ -96,8 +126,8 @@ class RunCheckpoints:
         if newest != oldest or low != high:
             said = "no checkpoint" if oldest < 0 else f"step {oldest}"
             raise CheckpointError(
-                f"ranks see different checkpoints ({said} and step {newest}): expected train.output on a file system "
-                "that all hosts share"
+                f"{self.folder.place.address}: ranks see different checkpoints ({said} and step {newest}): expected "
+                "it on a file system that all hosts share"
             )
 
     def save(self, step: int, values: Callable[[], dict[str, Any]], log: RunLog, *, last: bool = False) -> None:
@@ -106,16 +136,23 @@ class RunCheckpoints:
         values: counts of the run that belong to it, as JSON has them. Raises CheckpointError, on all ranks, when saves
         fail: the last, or `_MOST_FAILURES` in a row.
         """
+        began = time.perf_counter()
         self._heard(self._saver.finish(), log)  # ranks may have heard of it at different times: now all have
         self._refuse(_MOST_FAILURES)
         if step != self._saved:
             tensors, state = self._state.collect()
             held = {"settings": self._settings, "state": state, "run": values()}
-            self._saver.save(step, tensors, held)
+            evaluated, score = self._evaluation
+            facts = Facts(step=step, run=self._run, values=held)
+            if evaluated == step:
+                facts = replace(facts, score=score, evaluated=True)
+            self._saver.save(tensors, facts)
             self._saved = step
+        self._blocked = time.perf_counter() - began
         if last:
             self._heard(self._saver.finish(), log)
             self._refuse(1)
+            self._saver.close()
 
     def has_one(self, log: RunLog) -> bool:
         """Whether there is a checkpoint of this run to go back to. Waits for a save under way; no collective."""
@@ -132,18 +169,25 @@ class RunCheckpoints:
         if (written := self._latest) is None:
             return {}
         return {
-            "checkpoint/seconds_blocked": written.blocked,
+            "checkpoint/seconds_blocked": self._blocked,
             "checkpoint/seconds": written.seconds,
             "checkpoint/gigabytes_per_rank": written.nbytes / 1e9,
         }
 
     def rate(self, step: int, score: float | None, log: RunLog) -> None:
-        """Give the checkpoint of this step its score, if there is one that counts; rank 0's. Waits for it."""
+        """The evaluation after this step is done: its checkpoint gets the score, be it there or not. Rank 0's counts.
+
+        Waits for a save of this step.
+        """
+        self._evaluation = (step, score)
         if step != self._saved:
             return
         self._heard(self._saver.finish(), log)
-        if self._ranks.is_main and not self._failures:
-            log.attempt("checkpoints", lambda: self.folder.rate(folder_of(step), score))
+        self._saver.close()
+        if self._ranks.is_main and self._saved == step:
+            folder = folder_of(step)
+            if log.attempt("checkpoints", lambda: self.folder.rate(folder, score)):
+                self.folder.tidy(folder)
 
     def _heard(self, written: Written | None, log: RunLog) -> None:
         if written is None:
@@ -153,9 +197,7 @@ class RunCheckpoints:
             return
         self._failures += 1
         self._saved = -1
-        self._fault = (
-            f"cannot write the checkpoint of step {written.step} ({written.error}): make room or mend the folder"
-        )
+        self._fault = f"cannot write the checkpoint of step {written.step} ({written.error})"
         if self._failures < _MOST_FAILURES:
             log.say(f"{self._fault}; training goes on, and the next one is tried")
 

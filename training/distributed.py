@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from backbones import IMAGE_SIZE
 from configs.schema import ConfigError, TrainConfig
 from training.lost import says_a_rank_is_lost
+from training.meeting import MeetingError, meet
 from training.monitor import NCCL_LATER_S, START_S, Monitor
 from training.orphans import stop_with_launcher
 
@@ -56,10 +57,11 @@ class Ranks:
 
     def first_to_say(self, message: str) -> bool:
         """True on the first rank that asks about this message: an error that all ranks meet is printed once."""
-        try:
-            return bool((self.launcher_store or self.store).add(f"said/{message}", 1) == 1)
-        except RuntimeError:  # the rank that keeps the store has said it, and ended
-            return False
+        for store in (self.launcher_store, self.store):
+            if store is not None:
+                with contextlib.suppress(RuntimeError):  # it is gone, with torchrun, or with rank 0
+                    return bool(store.add(f"said/{message}", 1) == 1)
+        return True  # better twice than not at all
 
 
 def is_restart() -> bool:
@@ -113,6 +115,12 @@ def _record_flights(folder: Path) -> None:
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", former or str(folder / "rank_"))
 
 
+def _meet_in_launchers_store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
+    address, port = os.environ.get("MASTER_ADDR", "localhost"), _environment("MASTER_PORT", 0)
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return meet(store, rank, world_size, timeout)
+
+
 def _store_that_outlives_torchrun(store: Store, rank: int, timeout: datetime.timedelta) -> Store:
     """One that rank 0 keeps: ranks whose torchrun was killed can still agree on a last checkpoint."""
     key = "port of the store of rank 0"
@@ -147,16 +155,25 @@ def open_ranks(config: TrainConfig, *, flights: Path | None = None) -> Iterator[
         arguments |= {"backend": "nccl", "device_id": device}
         if flights is not None:
             _record_flights(flights)
+    launched = world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         arguments |= {"store": HashStore(), "rank": 0, "world_size": 1}
     try:
+        if launched:
+            store = _meet_in_launchers_store(rank, world_size, arguments["timeout"])
+            arguments |= {"store": store, "rank": rank, "world_size": world_size}
         dist.init_process_group(**arguments)
         if device.type == "cuda" and world_size > 1:
             dist.barrier()  # NCCL connects with the first collective: what it lacks shows now, and in one line
-    except (dist.DistError, ValueError) as error:
+    except (dist.DistError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not (
+            isinstance(error, dist.DistError | MeetingError)
+            or "connectFullMesh" in str(error)
+            or says_a_rank_is_lost(error)
+        ):
+            raise
         raise ConfigError(_why_no_group(error)) from None
     store = kept = dist.distributed_c10d._get_default_store()
-    launched = world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launched:
         kept = _store_that_outlives_torchrun(store, rank, arguments["timeout"])
     yield Ranks(
@@ -169,9 +186,9 @@ def open_ranks(config: TrainConfig, *, flights: Path | None = None) -> Iterator[
         timeout=config.timeout,
         monitor=Monitor(store, rank=rank, world_size=world_size, timeout=config.timeout, cuda=device.type == "cuda"),
     )
-    if launched:
+    if world_size > 1:
         try:
-            dist.barrier()  # rank 0 takes its store with it
+            dist.barrier()  # rank 0 may take the store with it
         except RuntimeError as error:
             if not says_a_rank_is_lost(error):  # all is done here
                 raise

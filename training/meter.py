@@ -68,7 +68,7 @@ class Meter:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time spent in here (evaluation, checkpoints) does not count as training. Waits for the GPU."""
+        """Time spent in here (evaluation) does not count as training. Waits for the GPU."""
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize(self._ranks.device)
         began = time.perf_counter()

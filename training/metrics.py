@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -114,7 +115,8 @@ class RunLog:
                 writer.add_scalar(tag, value, step)
 
         self._events(write)
-        record = {"step": step, "time": round(time.time(), 3), **values}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan
+        record = {"step": step, "time": round(time.time(), 3), **finite}
         self.attempt("metrics.jsonl", lambda: append_line(self._output / "metrics.jsonl", json.dumps(record)))
         if headline is not None and self._progress is not None:
             self._progress.update(self._progress.task_ids[0], description=headline)

@@ -19,13 +19,13 @@ from training.agreement import facts_of, open_same_records
 from training.checkpoint import Saved
 from training.checkpointing import RunCheckpoints
 from training.checks import make_writable
-from training.distributed import Ranks, data_parallel, is_restart
+from training.distributed import Ranks, data_parallel
 from training.errors import TrainingError
 from training.guard import Guard, RollBack
 from training.meter import Meter, cluster_advice, cluster_histograms
 from training.metrics import RunLog
 from training.optim import build_optimizers, learning_rate
-from training.papers import introduce, write_results
+from training.results import introduce, write_results
 from training.run_state import RunState
 from training.step import TrainStep
 from training.stopping import Signals, Stopped, StopRequest
@@ -110,8 +110,7 @@ class Trainer:
         self.meter = Meter(ranks)
         trained = [name for name, p in self.backbone.module.named_parameters() if p.requires_grad]
         self.guard = Guard(config.guard, parameters=trained, ranks=ranks, say=lambda line: self.log.say(line))  # noqa: PLW0108
-        if train.resume or is_restart():
-            self._resume()
+        self._start()
 
     def _build_service(self) -> ClusterService:
         return ClusterService(
@@ -139,8 +138,8 @@ class Trainer:
             "loss_scale": None if scale is None else scale.state_dict(),
         }
 
-    def _resume(self) -> None:
-        saved = self.checkpoints.resume()
+    def _start(self) -> None:
+        saved = self.checkpoints.start(resume=self.config.train.resume)
         if saved is not None:
             self._go_on_from(saved)
             self.guard.load_state_dict(saved.values["run"]["guard"])

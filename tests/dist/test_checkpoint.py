@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,12 +20,19 @@ from configs.schema import TrainConfig
 from sharding import Rows, shard_of
 from tests.ranks import RankPool, ranks_of
 from training.checkpoint import CheckpointError, Checkpoints, Saved, Saver, Written, place_of
+from training.checkpoint.manifest import Facts
+from training.checkpoint.part import write
 from training.checkpoint.same_run import refuse_another_run
+from training.checkpoint.saver import _SIGN
 from training.checkpointing import RunCheckpoints
 from training.metrics import RunLog
 
 ROWS = 11
 X = torch.arange(ROWS * 3, dtype=torch.float32).view(ROWS, 3)
+
+
+def _facts(step: int, values: dict[str, Any] | None = None) -> Facts:
+    return Facts(step=step, run="r", values=values or {})
 
 
 def _saver(group: dist.ProcessGroup, output: Path, token: str = "ab") -> Saver:
@@ -41,10 +49,12 @@ def _save_three(group: dist.ProcessGroup, output: Path) -> list[str]:
     saver, rows = _saver(group, output), _rows(group)
     told: list[Written | None] = []
     for step in (5, 10, 15):
-        told.append(saver.save(step, {"x": rows, "whole": torch.full((2,), float(step))}, {"step": step}))
+        told.append(saver.finish())
+        saver.save({"x": rows, "whole": torch.full((2,), float(step))}, _facts(step, {"step": step}))
         rows.tensor.add_(1)  # training goes on at once: the copy is what is written
     told.append(saver.finish())
     assert saver.finish() is None
+    saver.close()
     return [written.error for written in told if written is not None]
 
 
@@ -66,9 +76,11 @@ def _save_on_a_full_disk(group: dist.ProcessGroup, output: Path, full: int) -> l
     error = OSError(errno.ENOSPC, "No space left on device", "a part")
     failing = mock.patch("training.checkpoint.saver.write", side_effect=error)
     with failing if dist.get_rank(group) == full else contextlib.nullcontext():
-        saver.save(20, {"x": _rows(group)}, {})
+        saver.save({"x": _rows(group)}, _facts(20))
         written = saver.finish()
-    after = saver.save(25, {"x": _rows(group)}, {}) or saver.finish()
+    saver.save({"x": _rows(group)}, _facts(25))
+    after = saver.finish()
+    saver.close()
     assert written is not None
     assert after is not None
     return [written.error, after.error]
@@ -80,9 +92,9 @@ def test_one_full_disk_is_one_line_on_all_ranks_and_the_next_is_written(
 ) -> None:
     ranks.run(2, _save_three, tmp_path)
     for error, after in ranks.run(2, _save_on_a_full_disk, tmp_path, full):
-        assert error == f"rank {full}: a part: No space left on device"
+        assert error == f"rank {full}: a part: No space left on device: make room or mend the folder"
         assert after == ""
-    assert not list((tmp_path / "step_000000020").glob("*")), "what was written of it has made room"
+    assert not (tmp_path / "step_000000020").exists(), "what was written of it has made room"
     assert torch.equal(Saved(place_of(str(tmp_path)), "step_000000025").read("x"), X)
 
 
@@ -90,7 +102,7 @@ def _save_elsewhere(group: dist.ProcessGroup, output: Path) -> str:
     """As on hosts that share no file system."""
     written = None
     saver = _saver(group, output / str(dist.get_rank(group)))
-    saver.save(20, {"x": _rows(group)}, {})
+    saver.save({"x": _rows(group)}, _facts(20))
     written = saver.finish()
     assert written is not None
     return written.error
@@ -106,9 +118,11 @@ def test_hosts_that_share_no_file_system_are_told(ranks: RankPool, tmp_path: Pat
 def _save_and_leave(group: dist.ProcessGroup, output: Path) -> bool:
     """Rank 1 never writes; the others' threads wait, and keep nobody."""
     saver = _saver(group, output, "ef")
-    if dist.get_rank(group) != 1:
-        saver.save(30, {"x": _rows(group)}, {})
-    return all(thread.daemon for thread in threading.enumerate() if thread.name == "checkpoint")
+    if dist.get_rank(group) == 1:
+        return True
+    saver.save({"x": _rows(group)}, _facts(30))
+    threads = [thread for thread in threading.enumerate() if thread.name == "checkpoint"]
+    return len(threads) == 1 and threads[0].daemon
 
 
 def test_a_save_that_one_rank_never_ends_does_not_count(ranks: RankPool, tmp_path: Path) -> None:
@@ -116,6 +130,70 @@ def test_a_save_that_one_rank_never_ends_does_not_count(ranks: RankPool, tmp_pat
     assert ranks.run(2, _save_and_leave, tmp_path) == [True, True]
     assert (tmp_path / "latest").read_text() == "step_000000015\n"
     ranks.close(kill=True)  # with the threads that wait
+
+
+def _save_where_nothing_can_be_removed(group: dist.ProcessGroup, output: Path) -> list[str]:
+    saver = _saver(group, output, "aa")
+    failing = mock.patch(
+        "training.checkpoint.places.Folder.remove", side_effect=OSError(errno.EIO, "Input/output error")
+    )
+    with failing:
+        saver.save({"x": _rows(group)}, _facts(20))
+        written = saver.finish()
+        saver.close()
+    assert written is not None
+    return [written.error]
+
+
+def test_a_checkpoint_that_counts_stays_whatever_fails_after_that(ranks: RankPool, tmp_path: Path) -> None:
+    ranks.run(2, _save_three, tmp_path)
+    assert ranks.run(2, _save_where_nothing_can_be_removed, tmp_path) == [[""], [""]]
+    assert torch.equal(Saved(place_of(str(tmp_path)), "step_000000020").read("x"), X)
+
+
+def _save_and_hear_nothing(group: dist.ProcessGroup, output: Path) -> str:
+    """Rank 1 loses the store when it waits for the outcome."""
+    saver = _saver(group, output, "bb")
+    waits = mock.patch.object(saver, "_wait", side_effect=RuntimeError("the store is gone"))
+    with waits if dist.get_rank(group) else contextlib.nullcontext():
+        saver.save({"x": _rows(group)}, _facts(20))
+        written = saver.finish()
+        saver.close()
+    assert written is not None
+    return written.error
+
+
+def test_a_rank_that_does_not_hear_the_outcome_leaves_its_part(ranks: RankPool, tmp_path: Path) -> None:
+    first, second = ranks.run(2, _save_and_hear_nothing, tmp_path)
+    assert first == ""
+    assert "the store is gone" in second
+    assert torch.equal(Saved(place_of(str(tmp_path)), "step_000000020").read("x"), X)
+
+
+def _save_slowly(group: dist.ProcessGroup, output: Path) -> int:
+    """Rank 1's file system takes long; how often rank 0's monitor heard that this is progress."""
+    saver, moved = _saver(group, output, "cc"), []
+    saver._ranks.monitor.moved = lambda: moved.append(1)  # type: ignore[method-assign, assignment]
+
+    def slow(place: Any, name: str, rows: Any, each: Any) -> Any:
+        for _ in range(4 * _SIGN):
+            time.sleep(0.02)
+            each()
+        return write(place, name, rows)
+
+    with mock.patch("training.checkpoint.saver.write", slow) if dist.get_rank(group) else contextlib.nullcontext():
+        saver.save({"x": _rows(group)}, _facts(20))
+        written = saver.finish()
+        saver.close()
+    assert written is not None
+    assert written.error == ""
+    return len(moved)
+
+
+def test_waiting_for_a_slow_rank_is_progress_while_it_writes(ranks: RankPool, tmp_path: Path) -> None:
+    first, second = ranks.run(2, _save_slowly, tmp_path)
+    assert first >= 2
+    assert second >= 4
 
 
 # ---- going on --------------------------------------------------------------------------------------------------
@@ -134,14 +212,14 @@ class _State:
         self.rows.tensor.copy_(saved.read("x", self.rows.start, self.rows.start + len(self.rows.tensor)))
 
 
-def _resume(group: dist.ProcessGroup, output: Path, settings: Any = None) -> str:
+def _resume(group: dist.ProcessGroup, output: Path, settings: Any = None, resume: bool = True) -> str:
     """Step and numbers that this rank goes on with, or what was refused."""
     state = _State(group)
     state.rows.tensor.zero_()
     config = TrainConfig(output=str(output), keep_checkpoints=3)
     checkpoints = RunCheckpoints(config, ranks_of(group), state, settings or {})  # type: ignore[arg-type]
     try:
-        saved = checkpoints.resume()
+        saved = checkpoints.start(resume=resume)
     except CheckpointError as error:
         return str(error)
     if saved is None:
@@ -154,6 +232,7 @@ def _run(group: dist.ProcessGroup, output: Path, steps: list[int], settings: Any
     config = TrainConfig(output=str(output), keep_checkpoints=3)
     ranks = ranks_of(group)
     checkpoints = RunCheckpoints(config, ranks, state, settings or {})  # type: ignore[arg-type]
+    checkpoints.start(resume=False)
     log = RunLog(output, active=False, total_steps=9, first_step=0)
     for step in steps:
         state.rows.tensor.copy_(_rows(group).tensor + step)
@@ -186,6 +265,25 @@ def test_the_newest_whole_one_is_taken_by_all_ranks(ranks: RankPool, tmp_path: P
     (folder / "step_000000001" / "manifest.json").write_text("{}")
     for said in ranks.run(2, _resume, tmp_path):
         assert "none of its 3 checkpoints is whole" in said
+    (folder / "latest").unlink()
+    for said in ranks.run(2, _resume, tmp_path):
+        assert "none of its 3 checkpoints is whole" in said, "half of one is in memory by now: no start from step 0"
+
+
+def _restarted(group: dist.ProcessGroup, output: Path) -> str:
+    """As ranks that torchrun has started anew: on this host only."""
+    restarts = "1" if dist.get_rank(group) == 0 else "0"
+    with mock.patch.dict(os.environ, {"TORCHELASTIC_RESTART_COUNT": restarts}):
+        return _resume(group, output, None, False)
+
+
+def test_a_restart_goes_on_from_its_own_run_alone(ranks: RankPool, tmp_path: Path) -> None:
+    """Each host counts its own restarts; a run that starts over leaves the former one's checkpoints alone."""
+    ranks.run(2, _run, tmp_path, [3])
+    assert ranks.run(2, _resume, tmp_path, None, False) == ["none"] * 2
+    assert ranks.run(2, _restarted, tmp_path) == ["none"] * 2, "it has written none itself"
+    ranks.run(2, _run, tmp_path, [1])
+    assert ranks.run(2, _restarted, tmp_path) == _sums(2, 1)
 
 
 def test_a_run_that_never_finished_one_starts(ranks: RankPool, tmp_path: Path) -> None:

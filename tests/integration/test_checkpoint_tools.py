@@ -83,7 +83,7 @@ def test_all_of_it_on_one_run(run: Path, tmp_path: Path, capsys: Said) -> None:
         (["verify", "step_000000001"], "found no checkpoint"),
         (["export", "{run}", "--out", "x.txt"], "expected a name that ends with .pt or .safetensors"),
         (["export", "{run}", "--out", "/proc/x.pt"], "cannot write it"),
-        (["reshard", "{run}", "--ranks", "2", "--out", "{run}/checkpoints"], "expected no step_000000003 there"),
+        (["reshard", "{run}", "--ranks", "2", "--out", "{run}/checkpoints"], "expected no checkpoint there"),
         (["reshard", "{run}", "--ranks", "0", "--out", "x"], "expected a whole number from 1 on"),
         (["reshard", "{run}", "--ranks", "2", "--out", "/proc/x"], "/proc/x"),
         (["inspect", "nosuch://x/y"], "expected a driver for such addresses"),

@@ -21,6 +21,7 @@ from tests.dist.test_train_step import Toy
 from tests.integration.conftest import IDENTITIES, IMAGES
 from tests.ranks import RankPool, ranks_of
 from training.checkpoint import Checkpoints, Saved, Saver, place_of
+from training.checkpoint.manifest import Facts
 from training.step import TrainStep
 from training.stopping import Signals
 from training.trainer import Trainer
@@ -103,8 +104,9 @@ def _saved_again(group: dist.ProcessGroup, data: Path, output: Path, again: Path
     trainer = _trainer(group, data, output, STEPS)
     tensors, state = trainer.checkpoints._state.collect()
     saver = Saver(Checkpoints(place_of(str(again)), keep=1, keep_best=0), trainer.ranks, "ab")
-    saver.save(trainer.step, tensors, {"state": state})
+    saver.save(tensors, Facts(step=trainer.step, run="r", values={"state": state}))
     written = saver.finish()
+    saver.close()
     assert written is not None
     assert written.error == ""
     trainer.loader.close()

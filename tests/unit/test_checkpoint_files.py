@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sharding import Rows, all_shards
-from training.checkpoint import DamagedError, Saved, place_of
+from training.checkpoint import CheckpointError, DamagedError, Saved, place_of
 from training.checkpoint.folder import Checkpoints, part_of
-from training.checkpoint.manifest import BLOCK, NAME, assembled, parse
+from training.checkpoint.manifest import BLOCK, NAME, Facts, assembled, parse
 from training.checkpoint.part import write
+from training.checkpoint.places import Folder
 
 WHOLE = {
     "centres": torch.randn(11, 5),
@@ -35,7 +38,9 @@ EVERYWHERE = {
 VALUES = {"text": "é", "number": 1.5, "nothing": None, "list": [1, 2]}
 
 
-def save(folder: Path, world_size: int, step: int = 7, token: str = "a1", saved: float = 1.0, keep: int = 2) -> Saved:
+def save(
+    folder: Path, world_size: int, step: int = 7, token: str = "a1", saved: float = 1.0, keep: int = 2, run: str = "r"
+) -> Saved:
     """What ranks of a run write, by one process."""
     checkpoints = Checkpoints(place_of(str(folder)), keep=keep, keep_best=1)
     name = f"step_{step:09d}"
@@ -47,7 +52,9 @@ def save(folder: Path, world_size: int, step: int = 7, token: str = "a1", saved:
         if rank == 0:
             rows = {**rows, **EVERYWHERE}
         told.append(write(checkpoints.place, f"{name}/{part_of(rank, token)}", rows))
-    checkpoints.publish(name, assembled(told, step, saved, VALUES))
+    manifest = replace(assembled(told, Facts(step=step, run=run, values=VALUES)), saved=saved)
+    checkpoints.publish(name, manifest, checkpoints.pointer("owner"))
+    checkpoints.tidy(name)
     return Saved(checkpoints.place, name)
 
 
@@ -94,7 +101,7 @@ def test_tensors_larger_than_a_block(tmp_path: Path) -> None:
         write(checkpoints.place, f"step_000000001/{part_of(rank, 'b')}", {"x": Rows(rows.contiguous(), start, len(x))})
         for rank, (start, rows) in enumerate([(0, x[:cut]), (cut, x[cut:])])
     ]
-    checkpoints.publish("step_000000001", assembled(told, 1, 0.0, {}))
+    checkpoints.publish("step_000000001", assembled(told, Facts(step=1, run="r", values={})), "")
     saved = Saved(checkpoints.place, "step_000000001")
     assert torch.equal(saved.read("x"), x)
     assert torch.equal(saved.read("x", cut - 5, len(x) - 3), x[cut - 5 : len(x) - 3])
@@ -195,6 +202,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         save(tmp_path, 2, step, saved=float(step))
         if score is not None:
             checkpoints.rate(f"step_{step:09d}", score)
+            checkpoints.tidy(f"step_{step:09d}")
     assert _kept(tmp_path) == [2, 4, 5]
     assert (tmp_path / "best").read_text() == "step_000000002\n"
     assert (tmp_path / "latest").read_text() == "step_000000005\n"
@@ -206,12 +214,57 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_started_over_keeps_its_own(tmp_path: Path) -> None:
-    for saved, step in enumerate((10, 20, 30, 5)):
+    checkpoints = Checkpoints(place_of(str(tmp_path)), keep=2, keep_best=1)
+    for saved, step in enumerate((10, 20, 30)):
         save(tmp_path, 1, step, saved=float(saved))
-    assert _kept(tmp_path) == [5, 30]
+    checkpoints.rate("step_000000020", 0.99)
+    checkpoints.claim("ab", over=True)
+    lines: list[str] = []
+    assert not list(checkpoints.newest_first(lines)), "it goes on from none of the former run's"
+    save(tmp_path, 1, 5, saved=3.0, run="other")
+    assert _kept(tmp_path) == [5, 30], "a score of the former run keeps nothing"
+    assert [saved.manifest.step for saved in checkpoints.newest_first(lines)] == [5], "nor is it fallen back to"
+    assert lines == []
+
+
+def test_of_two_runs_in_a_folder_the_older_one_stops(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(place_of(str(tmp_path)), keep=2, keep_best=1)
+    checkpoints.claim("aa", over=False)
+    checkpoints.claim("bb", over=False)
+    told = [write(checkpoints.place, f"step_000000001/{part_of(0, 'aa')}", {"x": torch.zeros(1)})]
+    manifest = assembled(told, Facts(step=1, run="r", values={}))
+    with pytest.raises(CheckpointError, match="another run has begun to write here"):
+        checkpoints.publish("step_000000001", manifest, "aa")
+    assert not checkpoints.finished()
+    checkpoints.publish("step_000000001", manifest, "bb")
+    assert checkpoints.finished() == ["step_000000001"]
+
+
+class _Flaky(Folder):
+    """A file system that has bad minutes."""
+
+    failures = 2
+
+    def read_into(self, name: str, begin: int, into: memoryview) -> int:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EIO, "Input/output error", name)
+        return super().read_into(name, begin, into)
+
+
+def test_what_cannot_be_read_is_tried_again_and_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.checkpoint.saved._PAUSES_S", (0.0, 0.0))
+    save(tmp_path, 1)
+    place = _Flaky(tmp_path)
+    assert torch.equal(Saved(place, "step_000000007").read("centres"), WHOLE["centres"])
+    place.failures = 100
+    with pytest.raises(CheckpointError, match="cannot read it") as error:
+        Saved(place, "step_000000007").read("centres")
+    assert not isinstance(error.value, DamagedError)
 
 
 def test_what_a_dead_run_left_is_removed_and_what_is_not_ours_stays(tmp_path: Path) -> None:
+    (tmp_path / "step_000000002").mkdir()
     half = tmp_path / "step_000000003"
     half.mkdir()
     (half / part_of(0, "ff")).write_bytes(b"half a part")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import time
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -22,7 +22,8 @@ NAME = "manifest.json"
 FORMAT = 1
 BLOCK = 4 << 20
 """Bytes of a part that one hash is of."""
-_MOST_BYTES = 1 << 30
+MOST_BYTES = 1 << 30
+"""Of a manifest."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -81,6 +82,8 @@ class Manifest:
     saved: float
     """When, in seconds since 1970."""
     world_size: int
+    run: str
+    """Of the training, from its first step on; the same after it has gone on."""
     score: float | None
     """Of the evaluation after this step, if there was one: higher is better."""
     evaluated: bool
@@ -95,14 +98,25 @@ class Manifest:
         return json.dumps({"sha256": _hash(content), "content": content}).encode() + b"\n"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What a save is told, rank 0's; as `Manifest` has it."""
+
+    step: int
+    run: str
+    values: dict[str, Any]
+    score: float | None = None
+    evaluated: bool = False
+
+
 def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def parse(where: str, data: bytes) -> Manifest:
     """Reads a manifest. where: for messages. Raises DamagedError unless it is whole, and nothing in it contradicts."""
-    if len(data) > _MOST_BYTES:
-        raise DamagedError(f"{where}: no manifest of a checkpoint: {len(data)} bytes")
+    if len(data) > MOST_BYTES:
+        raise DamagedError(f"{where}: no manifest of a checkpoint: more than {MOST_BYTES} bytes")
     try:
         told = json.loads(data)
         content = told["content"]
@@ -142,6 +156,7 @@ def _manifest(content: dict[str, Any]) -> Manifest:
         step=_count(content["step"]),
         saved=float(content["saved"]),
         world_size=_count(content["world_size"]),
+        run=_is(str, content["run"]),
         score=None if score is None else float(score),
         evaluated=_is(bool, content["evaluated"]),
         values=_is(dict, content["values"]),
@@ -183,7 +198,7 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"{name}: {row} of {entry.rows} rows")
 
 
-def assembled(descriptions: list[dict[str, Any]], step: int, saved: float, values: dict[str, Any]) -> Manifest:
+def assembled(descriptions: list[dict[str, Any]], facts: Facts) -> Manifest:
     """The manifest of what all ranks have written. descriptions: of `training.checkpoint.part.write`, by rank."""
     parts: dict[str, Part] = {}
     pieces: dict[str, list[Piece]] = {}
@@ -193,16 +208,15 @@ def assembled(descriptions: list[dict[str, Any]], step: int, saved: float, value
         for name, (dtype, shape, offset, start, rows) in told["tensors"].items():
             kinds[name] = (dtype, tuple(shape))
             pieces.setdefault(name, []).append(Piece(told["file"], offset, start, rows))
-    by_row: Callable[[Piece], tuple[int, int]] = lambda piece: (piece.start, piece.rows)  # noqa: E731
     found = Manifest(
-        step=step,
-        saved=saved,
+        saved=time.time(),
         world_size=len(descriptions),
-        score=None,
-        evaluated=False,
-        values=values,
-        tensors={name: Entry(*kinds[name], tuple(sorted(pieces[name], key=by_row))) for name in kinds},
+        tensors={
+            name: Entry(*kinds[name], tuple(sorted(pieces[name], key=lambda piece: (piece.start, piece.rows))))
+            for name in kinds
+        },
         parts=parts,
+        **asdict(facts),
     )
     _check(found)
     return found

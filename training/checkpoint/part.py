@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import torch
@@ -24,8 +24,11 @@ _SHARDING = "DCP_SHARDING_INFO"
 _VERSION = "DCP_VERSION"
 
 
-def write(place: Place, name: str, rows: Mapping[str, Rows | Tensor]) -> dict[str, Any]:
+def write(
+    place: Place, name: str, rows: Mapping[str, Rows | Tensor], each: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
     """Write a part. name: with its folder. rows: by name, contiguous and on the CPU; a plain tensor is a whole one.
+    each: called after every block.
 
     Returns its description for the manifest, plain values. Raises OSError.
     """
@@ -53,7 +56,7 @@ def write(place: Place, name: str, rows: Mapping[str, Rows | Tensor]) -> dict[st
     for told in tensors.values():
         told[2] += len(head)
     with place.create(name) as file:
-        hashed = _Hashed(file)
+        hashed = _Hashed(file, each)
         hashed.write(memoryview(head))
         for key in order:
             if (tensor := _tensor(rows[key])).numel():
@@ -70,8 +73,8 @@ def _tensor(item: Rows | Tensor) -> Tensor:
 class _Hashed:
     """Writes to a file, and hashes each block of it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._blocks = file, list[str]()
+    def __init__(self, file: BinaryIO, each: Callable[[], None]) -> None:
+        self._file, self._each, self._blocks = file, each, list[str]()
         self._hash, self._room = hashlib.sha256(), BLOCK
 
     def write(self, data: memoryview) -> None:
@@ -88,6 +91,7 @@ class _Hashed:
 
     def _next(self) -> None:
         self._blocks.append(self._hash.hexdigest())
+        self._each()
         self._hash, self._room = hashlib.sha256(), BLOCK
 
     def end(self) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, Protocol
 
 import fsspec
 
+from configs.addresses import holds_credentials, where_credentials_belong
 from data.files import synced
 from data.places import is_address
 from training.checkpoint.errors import CheckpointError
@@ -29,11 +30,8 @@ class Place(Protocol):
     def folders(self) -> list[str]:
         """Folders in it; none where nothing is there yet."""
 
-    def files(self, folder: str) -> list[str]:
-        """Names of the files of a folder."""
-
-    def size(self, name: str) -> int:
-        """Bytes of a file. FileNotFoundError where there is none."""
+    def files(self, folder: str) -> dict[str, int]:
+        """Names of the files of a folder, and their bytes; none where there is no such folder."""
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
         """Some bytes of a file, fewer where it ends before. FileNotFoundError where there is none."""
@@ -64,13 +62,12 @@ class Folder:
         except FileNotFoundError:
             return []
 
-    def files(self, folder: str) -> list[str]:
+    def files(self, folder: str) -> dict[str, int]:
         """See `Place`."""
-        return [entry.name for entry in os.scandir(self.path / folder)]
-
-    def size(self, name: str) -> int:
-        """See `Place`."""
-        return (self.path / name).stat().st_size
+        try:
+            return {entry.name: entry.stat().st_size for entry in os.scandir(self.path / folder)}
+        except FileNotFoundError:
+            return {}
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
         """See `Place`."""
@@ -91,7 +88,7 @@ class Folder:
     def create(self, name: str) -> Iterator[BinaryIO]:
         """See `Place`."""
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         with path.open("wb", buffering=0) as file:
             yield file
             os.fsync(file.fileno())
@@ -100,7 +97,7 @@ class Folder:
     def put(self, name: str, content: bytes) -> None:
         """See `Place`."""
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         new = path.with_name(f".{path.name}.new")
         new.write_bytes(content)
         synced(new)
@@ -114,6 +111,14 @@ class Folder:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _make(folder: Path) -> None:
+    """A folder whose name outlives a loss of power, and those above it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        synced(path.parent)
 
 
 class ObjectStore:
@@ -133,17 +138,11 @@ class ObjectStore:
 
     def folders(self) -> list[str]:
         """See `Place`."""
-        return self._listed("", "directory")
+        return list(self._listed("", "directory"))
 
-    def files(self, folder: str) -> list[str]:
+    def files(self, folder: str) -> dict[str, int]:
         """See `Place`."""
         return self._listed(f"/{folder}", "file")
-
-    def size(self, name: str) -> int:
-        """See `Place`."""
-        with _as_os_error(name):
-            self._fs.invalidate_cache()
-            return int(self._fs.info(f"{self._base}/{name}")["size"])
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
         """See `Place`."""
@@ -175,14 +174,18 @@ class ObjectStore:
         with _as_os_error(name), contextlib.suppress(FileNotFoundError):
             self._fs.rm(f"{self._base}/{name}", recursive=True)
 
-    def _listed(self, folder: str, kind: str) -> list[str]:
+    def _listed(self, folder: str, kind: str) -> dict[str, int]:
         with _as_os_error(folder):
             self._fs.invalidate_cache()
             try:
                 found: list[dict[str, Any]] = self._fs.ls(self._base + folder, detail=True)
             except FileNotFoundError:
-                return []
-            return [info["name"].rstrip("/").rpartition("/")[2] for info in found if info["type"] == kind]
+                return {}
+            return {
+                info["name"].rstrip("/").rpartition("/")[2]: int(info["size"] or 0)
+                for info in found
+                if info["type"] == kind
+            }
 
 
 @contextlib.contextmanager
@@ -198,5 +201,7 @@ def _as_os_error(name: str) -> Iterator[None]:
 
 
 def place_of(where: str) -> Place:
-    """The place that a path or an address names."""
+    """The place that a path or an address names. Raises CheckpointError."""
+    if holds_credentials(where):
+        raise CheckpointError(where_credentials_belong("an address of checkpoints"))
     return ObjectStore(where) if is_address(where) else Folder(Path(where.removeprefix("file://")))

@@ -9,12 +9,12 @@ from training.checkpoint.errors import CheckpointError
 # A checkpoint may be continued with other values of these; a change of anything else makes it another run.
 _FREE_TO_CHANGE = {
     "train": {"output", "checkpoints", "resume", "stop_after_steps", "log_steps", "histogram_steps",
-              "checkpoint_steps", "keep_checkpoints", "keep_best", "cpu_threads", "timeout",
+              "checkpoint_steps", "keep_checkpoints", "keep_best", "cpu_threads", "timeout", "device",
               "batch_size", "accumulation", "global_batch"},
     "data": {"path", "cache", "cache_gb", "backend", "threads", "prefetch", "max_bad_images"},
     "eval": {"sets", "every_epochs", "batch_size"},
     "head": {"impl"},
-    "clustering": {"step_budget", "block"},
+    "clustering": {"step_budget", "block", "start"},
     "guard": {"skips_to_roll_back", "rollback_lr", "max_rollbacks", "spike_deviations"},
 }  # fmt: skip
 

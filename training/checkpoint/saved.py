@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from training.checkpoint.errors import DamagedError
-from training.checkpoint.manifest import BLOCK, DTYPES, NAME, Entry, Manifest, parse
+from training.checkpoint.errors import CheckpointError, DamagedError
+from training.checkpoint.manifest import BLOCK, DTYPES, MOST_BYTES, NAME, Entry, Manifest, parse
 from training.checkpoint.places import Place
 
+T = TypeVar("T")
+_PAUSES_S = (0.5, 2.0)
+"""Between tries to read what a file system or store does not give."""
 _KEPT = 8
 """Blocks kept for the next tensor, which begins where the last one ended."""
 _THREADS = 4
@@ -24,20 +28,41 @@ class Saved:
     """One checkpoint of a place. No method runs a collective."""
 
     def __init__(self, place: Place, folder: str) -> None:
-        """Reads the manifest, and looks whether every part is there in full length. Raises DamagedError."""
+        """Reads the manifest, and looks whether every part is there in full length.
+
+        Raises DamagedError, and CheckpointError when it cannot be read at all.
+        """
         self.place, self.folder = place, folder
         self.address = f"{place.address}/{folder}"
-        where = f"{self.address}/{NAME}"
-        try:
-            self.manifest: Manifest = parse(where, place.read(f"{folder}/{NAME}"))
-            for name, part in self.manifest.parts.items():
-                if (size := place.size(f"{folder}/{name}")) != part.size:
-                    raise DamagedError(f"{self.address}/{name}: expected {part.size} bytes, found {size}")
-        except FileNotFoundError as error:
-            raise DamagedError(f"{self.address}: not whole, {_name(error)} is missing") from None
-        except OSError as error:
-            raise DamagedError(f"{self.address}: cannot read it ({error.strerror or error})") from None
+        self.each: Callable[[], None] = _nothing
+        """Called for every block that is read, by any thread: reading goes on."""
+        sizes = self._again(lambda: place.files(folder), self.address)
+        self.manifest: Manifest = parse(f"{self.address}/{NAME}", self._manifest(sizes))
+        for name, part in self.manifest.parts.items():
+            if name not in sizes:
+                raise DamagedError(f"{self.address}: not whole, {name} is missing")
+            if sizes[name] != part.size:
+                raise DamagedError(f"{self.address}/{name}: expected {part.size} bytes, found {sizes[name]}")
         self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+
+    def _manifest(self, sizes: dict[str, int]) -> bytes:
+        if NAME not in sizes:
+            raise DamagedError(f"{self.address}: not whole, {NAME} is missing")
+        name = f"{self.folder}/{NAME}"
+        return self._again(lambda: self.place.read(name, 0, MOST_BYTES + 1), f"{self.address}/{NAME}")
+
+    def _again(self, read: Callable[[], T], where: str) -> T:
+        """What `read` gives; a file system or store may need some tries. One that is not there is damage."""
+        for pause in (*_PAUSES_S, None):
+            try:
+                return read()
+            except FileNotFoundError:
+                raise DamagedError(f"{where}: missing") from None
+            except OSError as error:
+                if pause is None:
+                    raise CheckpointError(f"{where}: cannot read it ({error.strerror or error})") from None
+                time.sleep(pause)
+        raise AssertionError
 
     @property
     def values(self) -> dict[str, Any]:
@@ -86,10 +111,8 @@ class Saved:
 
     def _read(self, part: str, block: int, into: memoryview) -> None:
         where = f"{self.address}/{part}"
-        try:
-            size = self.place.read_into(f"{self.folder}/{part}", block * BLOCK, into)
-        except OSError as error:
-            raise DamagedError(f"{where}: cannot read it ({error.strerror or error})") from None
+        size = self._again(lambda: self.place.read_into(f"{self.folder}/{part}", block * BLOCK, into), where)
+        self.each()
         if size != len(into) or hashlib.sha256(into).hexdigest() != self.manifest.parts[part].blocks[block]:
             first = block * BLOCK
             raise DamagedError(f"{where}: bytes {first} to {first + len(into) - 1} are not what was written")
@@ -117,6 +140,10 @@ class Saved:
         _all_of(one, blocks)
 
 
+def _nothing() -> None:
+    pass
+
+
 def _all_of(work: Any, items: Sequence[int]) -> None:
     if len(items) < 2:
         for item in items:
@@ -125,7 +152,3 @@ def _all_of(work: Any, items: Sequence[int]) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:  # reading and hashing let go of the interpreter
         for _ in pool.map(work, items):
             pass
-
-
-def _name(error: OSError) -> str:
-    return str(error.filename or error).rpartition("/")[2]

@@ -16,7 +16,7 @@ from data.files import appearing
 from sharding import Rows, shard_of
 from training.checkpoint.errors import CheckpointError, DamagedError
 from training.checkpoint.folder import Checkpoints, folder_of, part_of
-from training.checkpoint.manifest import assembled
+from training.checkpoint.manifest import Facts, assembled
 from training.checkpoint.part import write
 from training.checkpoint.places import Place, place_of
 from training.checkpoint.saved import Saved
@@ -28,19 +28,19 @@ _ROWS = 1 << 16
 def checkpoints_at(where: str) -> tuple[Checkpoints, list[str]]:
     """Checkpoints of a run's output, of its folder of checkpoints, or a single one; and their folders, newest last.
 
-    Raises CheckpointError where there is none.
+    Folders that no save has finished are left out. Raises CheckpointError where there is none.
     """
     where = where.rstrip("/")
     above, _, last = where.rpartition("/")
     try:
         if re.fullmatch(r"step_\d+", last or where):
             found = _of(place_of(above or os.curdir))
-            names = [last or where] if (last or where) in found.folders() else []
+            names = [last or where] if (last or where) in found.finished() else []
         else:
             found = _of(place_of(where))
-            if not (names := found.folders()):
+            if not (names := found.finished()):
                 found = _of(place_of(f"{where}/checkpoints"))
-                names = found.folders()
+                names = found.finished()
     except OSError as error:
         raise CheckpointError(f"{where}: cannot read it ({error.strerror or error})") from None
     if not names:
@@ -114,14 +114,14 @@ def _write(tensors: dict[str, Tensor], out: Path) -> None:
 
 
 def reshard(saved: Saved, out: str, ranks: int, is_cut: Callable[[str], bool]) -> Saved:
-    """Write it again as so many ranks would have, below `out`, and name it in `latest` there.
+    """Write it again as so many ranks would have, in `out`, where no checkpoint is yet, and name it in `latest` there.
 
     is_cut: whether a tensor is shared out over the ranks, by its name. Raises CheckpointError, OSError.
     """
     checkpoints = _of(place_of(out))
     folder = folder_of(saved.manifest.step)
-    if folder in checkpoints.folders():
-        raise CheckpointError(f"{out}: expected no {folder} there: name another folder")
+    if there := checkpoints.folders():
+        raise CheckpointError(f"{out}: expected no checkpoint there, found {there[0]}: name another folder")
     told = []
     for rank in range(ranks):
         tensors: dict[str, Rows | Tensor] = {}
@@ -133,5 +133,7 @@ def reshard(saved: Saved, out: str, ranks: int, is_cut: Callable[[str], bool]) -
             elif rank == 0:
                 tensors[name] = saved.read(name)
         told.append(write(checkpoints.place, f"{folder}/{part_of(rank, f'{time.time_ns():x}')}", tensors))
-    checkpoints.publish(folder, assembled(told, saved.manifest.step, saved.manifest.saved, saved.values))
+    old = saved.manifest
+    facts = Facts(step=old.step, run=old.run, values=old.values, score=old.score, evaluated=old.evaluated)
+    checkpoints.publish(folder, assembled(told, facts), "")
     return Saved(checkpoints.place, folder)
