@@ -214,7 +214,7 @@ class TrainConfig:
     keep_best: int = 1
     """Checkpoints with the best verification accuracy that are kept beside them."""
     resume: bool = True
-    """Continue from the newest checkpoint in `output`, if there is one."""
+    """Continue from the newest checkpoint, if there is one."""
     stop_after_steps: int = 0
     """End cleanly after this many optimizer steps, with a checkpoint; 0 trains to the end."""
 

@@ -144,8 +144,8 @@ def _gone_on(group: dist.ProcessGroup, merged: dict[str, Any], start: int) -> di
     return snapshot(service)
 
 
-@pytest.mark.parametrize("stop", [4, 5, 9])
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 3), (3, 1), (2, 4)])
+@pytest.mark.parametrize("stop", [5, 9])
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 3), (3, 1)])
 def test_other_ranks_go_on_where_a_refresh_was(ranks: RankPool, stop: int, before: int, after: int) -> None:
     """Within the first refresh, and within the second; neither 9 classes nor 11 clusters are multiples."""
     merged = _merged(ranks.run(before, _parts, stop))
