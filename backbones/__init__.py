@@ -11,12 +11,17 @@ from backbones.base import IMAGE_SIZE, Backbone, normalise_pixels
 from backbones.iresnet import BLOCKS, IResNet
 from backbones.mobilefacenet import MobileFaceNet
 from backbones.small import SmallNet
+from backbones.vit import VARIANTS, VisionTransformer
 
 __all__ = ["IMAGE_SIZE", "Backbone", "build_backbone", "names", "normalise_pixels"]
 
 _BUILDERS: dict[str, Callable[..., Backbone]] = {
     **{f"iresnet{depth}": partial(IResNet, depth) for depth in BLOCKS},
     "mobilefacenet": MobileFaceNet,
+    **{
+        name: partial(VisionTransformer, v.width, v.depth, drop_path=v.drop_path, mask_ratio=v.mask_ratio)
+        for name, v in VARIANTS.items()
+    },
     "small": SmallNet,
 }
 
@@ -29,7 +34,8 @@ def names() -> tuple[str, ...]:
 def build_backbone(name: str, *, embedding_size: int = 512, **settings: Any) -> Backbone:
     """A new backbone with random weights, by torch's global generator.
 
-    embedding_size: D. settings: what the backbone has beside it (`dropout` of the IResNets).
+    embedding_size: D. settings: what the backbone has beside it (`dropout` of the IResNets, `drop_path` and
+    `mask_ratio` of the ViTs).
     Raises ValueError for an unknown name or a value out of range, TypeError for a setting that it does not have.
     """
     if name not in _BUILDERS:

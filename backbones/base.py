@@ -33,7 +33,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def body(self, images_B3HW: Tensor) -> Tensor:
-        """Features (B, C, 7, 7)."""
+        """Features (B, C, 7, 7), or tokens (B, 144, C) of a transformer."""
 
     @abstractmethod
     def head(self, features_BCHW: Tensor) -> Tensor:

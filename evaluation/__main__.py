@@ -1,4 +1,4 @@
-"""Embed a record set with a trained backbone."""
+"""Embed a record set with a trained backbone; evaluate backbones and embeddings; compare runs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from backbones import names
-from configs.load import read_section, read_yaml
-from configs.schema import ConfigError, ModelConfig, TrainConfig
+from configs.schema import ConfigError, TrainConfig
 from data.commands.arguments import Parser
 from data.errors import DataError
 from data.places import where
 from data.records import RecordSet
+from evaluation.commands.compare import add as add_compare
+from evaluation.commands.identification import add as add_identification
+from evaluation.commands.ijb import add as add_ijb
+from evaluation.commands.model import add_model, chosen_model
+from evaluation.commands.verify import add as add_verify
+from evaluation.commands.verify import verify_sets
 from evaluation.embed_records import EmbedError, embed_records, load_backbone
 from sharding import shard_of
 from training.distributed import Ranks, open_ranks
@@ -32,9 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     ranks: Ranks | None = None
     try:
+        if args.run_alone is not None:
+            args.run_alone(args, console)
+            return 0
         train = TrainConfig(device=args.device, precision="fp32")
         with open_ranks(train) as ranks:
-            _embed(args, ranks, console)
+            args.run_ranks(args, ranks, console)
     except (ConfigError, DataError, EmbedError) as error:
         if ranks is None or ranks.first_to_say(str(error)):
             print(f"error: {error}", file=sys.stderr)
@@ -46,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _embed(args: argparse.Namespace, ranks: Ranks, console: Console) -> None:
-    model, weights = _model(args)
+    model, weights = chosen_model(args, example=_EXAMPLE)
     if args.out.exists() and not args.force:
         raise EmbedError(f"{args.out}: expected no file there: name another, or replace it with --force")
     records = RecordSet.open(args.records)
@@ -74,30 +81,8 @@ def _embed(args: argparse.Namespace, ranks: Ranks, console: Console) -> None:
             print(f"{done.not_finite} embeddings were not finite: their rows are zero; has the training diverged?")
 
 
-def _model(args: argparse.Namespace) -> tuple[ModelConfig, Path]:
-    """Backbone and weights, of a run's folder or as the arguments say. Raises ConfigError, EmbedError."""
-    if args.run is not None:
-        return _model_of(args.run / "config.yaml"), args.weights or args.run / "backbone.pt"
-    if args.weights is None or args.backbone is None:
-        raise EmbedError(f"expected --run FOLDER, or --weights and --backbone, for example: {_EXAMPLE}")
-    return ModelConfig(backbone=args.backbone, embedding_size=args.embedding_size), args.weights
-
-
-def _model_of(path: Path) -> ModelConfig:
-    """The section `model` of a run's settings; the others may be those of an older version. Raises ConfigError."""
-    try:
-        section = read_yaml(path).get("model")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read it ({error.strerror}): expected a training's output folder") from None
-    if not isinstance(section, dict):
-        raise ConfigError(f"{path}: expected a section `model`: name --weights and --backbone instead")
-    return read_section(ModelConfig, "model", section)
-
-
-def _whole(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
+def _verify(args: argparse.Namespace, ranks: Ranks, console: Console) -> None:
+    verify_sets(args, device=ranks.device, group=ranks.group, is_main=ranks.is_main, console=console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,16 +95,15 @@ def _parser() -> argparse.ArgumentParser:
         "(without the -- torchrun takes --run for its own).",
         epilog=f"Example: {_EXAMPLE}",
     )
-    embed.add_argument("--run", type=Path, metavar="FOLDER", help="a training's output: its config.yaml and weights")
-    embed.add_argument("--weights", type=Path, metavar="FILE", help="backbone.pt")
-    embed.add_argument("--backbone", choices=names(), help="without --run")
-    embed.add_argument("--embedding-size", type=_whole, default=512, help="without --run; default 512")
+    add_model(embed)
     embed.add_argument("--records", type=where, required=True, metavar="FOLDER")
     embed.add_argument("--out", type=Path, required=True, metavar="FILE")
     embed.add_argument("--dtype", choices=("float16", "float32"), default="float16", help="default float16")
-    embed.add_argument("--batch-size", type=_whole, default=128, help="images at a time, default 128")
-    embed.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")
     embed.add_argument("--force", action="store_true", help="replace a file that is there")
+    embed.set_defaults(run_ranks=_embed, run_alone=None)
+    add_verify(commands).set_defaults(run_ranks=_verify, run_alone=None)
+    for add in (add_ijb, add_identification, add_compare):
+        add(commands)
     return parser
 
 

@@ -13,7 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,15 +54,7 @@ def load_backbone(name: str, *, embedding_size: int, weights: Path) -> Backbone:
         backbone = build_backbone(name, embedding_size=embedding_size)
     except ValueError as error:
         raise EmbedError(f"--backbone: {error}") from None
-    try:
-        _refuse_compressed(weights)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch guesses at what is odd; below, one line says it
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise EmbedError(f"{weights}: cannot read it ({error.strerror}): expected weights (backbone.pt)") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise EmbedError(f"{weights}: damaged, or not a file of weights ({_reason(error):.160})") from None
+    state = read_weights(weights)
     try:
         backbone.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -72,6 +64,25 @@ def load_backbone(name: str, *, embedding_size: int, weights: Path) -> Backbone:
             "name the backbone and size that they were trained with, or the run's folder with --run"
         ) from None
     return backbone.eval()
+
+
+def read_weights(weights: Path, *, lazily: bool = False) -> Any:
+    """What torch.save wrote to a file, tensors on the CPU; nothing in it is run, and no more is read than it has bytes.
+
+    lazily: leaves tensors on the disk until they are read, where torch can; their checksums are not compared then.
+    Raises EmbedError, one line, when it is missing, damaged, or holds more than tensors and plain values.
+    """
+    try:
+        _refuse_compressed(weights)
+        mapped = lazily and zipfile.is_zipfile(weights)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch guesses at what is odd; below, one line says it
+            state = torch.load(weights, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError as error:
+        raise EmbedError(f"{weights}: cannot read it ({error.strerror}): expected weights (backbone.pt)") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise EmbedError(f"{weights}: damaged, or not a file of weights ({_reason(error):.160})") from None
+    return state
 
 
 def _reason(error: Exception) -> str:

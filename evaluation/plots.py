@@ -56,6 +56,33 @@ def roc_figure(curves: Mapping[str, Roc], *, title: str) -> Figure:
     return figure
 
 
+def det_figure(curves: Mapping[str, Roc], *, title: str) -> Figure:
+    """The errors of both kinds, 1 - TAR against FAR, both axes logarithmic. Raises ValueError for no curves.
+
+    Left of one impostor pair and below one genuine pair nothing is measured, and nothing is drawn.
+    """
+    figure = _figure(6.4, 4.8, title, len(curves))
+    axes = figure.add_subplot()
+    for number, (name, roc) in enumerate(curves.items()):
+        far, tar = _corners(roc)
+        missed = 1 - tar
+        missed[missed * roc.genuine < 0.5] = np.nan
+        colour, dash = _style(number)
+        axes.step(far, missed, where="post", color=colour, linestyle=dash, linewidth=1.8, label=name)
+    lowest_far = min(0.1, *(1 / roc.impostors for roc in curves.values()))
+    lowest_missed = min(0.1, *(1 / roc.genuine for roc in curves.values()))
+    axes.plot([lowest_far, 1], [lowest_far, 1], color="#999999", linestyle=":", linewidth=1.2, label="equal errors")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(lowest_far, 1)
+    axes.set_ylim(lowest_missed, 1)
+    axes.set_xlabel("FAR: pairs of two persons accepted")
+    axes.set_ylabel("1 - TAR: pairs of one person refused")
+    axes.legend(loc="best", fontsize=8, framealpha=0.9)
+    _tidy(axes)
+    return figure
+
+
 def score_figure(result: Verification, *, title: str) -> Figure:
     """Histogram of the scores of genuine and impostor pairs."""
     figure = _figure(6.4, 4.8, title, 1)
@@ -82,11 +109,12 @@ def _figure(width: float, height: float, title: str, shown: int) -> Figure:
 def _draw_roc(axes: Axes, curves: Mapping[str, Roc]) -> None:
     lowest = min(0.1, *(1 / roc.impostors for roc in curves.values()))
     for number, (name, roc) in enumerate(curves.items()):
+        colour, dash = _style(number)
         axes.step(
             *_corners(roc),
             where="post",
-            color=_COLOURS[number % len(_COLOURS)],
-            linestyle=_DASHES[number // len(_COLOURS) % len(_DASHES)],
+            color=colour,
+            linestyle=dash,
             linewidth=1.8,
             label=f"{name}: AUC {roc.auc:.4f}, EER {100 * roc.eer:.2f}%",
         )
@@ -101,6 +129,11 @@ def _draw_roc(axes: Axes, curves: Mapping[str, Roc]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.legend(loc="best", fontsize=8, framealpha=0.9)
     _tidy(axes)
+
+
+def _style(number: int) -> tuple[str, str]:
+    """Colour and dashes of a curve: all colours first."""
+    return _COLOURS[number % len(_COLOURS)], _DASHES[number // len(_COLOURS) % len(_DASHES)]
 
 
 def _corners(roc: Roc) -> tuple[Floats, Floats]:

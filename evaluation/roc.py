@@ -8,6 +8,7 @@ for each distinct score. Legend: P pairs, T points of the ROC.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,3 +116,19 @@ def tar_at_far(roc: Roc, far: float) -> TarAtFar:
     accepted_T = np.rint(roc.far_T * roc.impostors)
     at = int(np.searchsorted(accepted_T, allowed, side="right")) - 1
     return TarAtFar(far=far, tar=float(roc.tar_T[at]), threshold=float(roc.threshold_T[at]), reason="")
+
+
+def nearest_tars(roc: Roc, fars: Sequence[float]) -> tuple[float, ...]:
+    """For each rate, TAR at the point whose FAR is nearest to it, below or above, as insightface reports for IJB.
+
+    Where two are as near, the one of the higher FAR, and of one FAR the highest TAR. As scikit-learn's `roc_curve` does
+    by itself, points on a straight line between their neighbours are left out first: of points on one level the ends
+    only are looked at, which may be far from the rate. Kept for comparison with published figures; `tar_at_far` is
+    exact.
+    """
+    accepted = np.rint(roc.far_T[1:] * roc.impostors), np.rint(roc.tar_T[1:] * roc.genuine)
+    bends = (np.diff(accepted[0], 2) != 0) | (np.diff(accepted[1], 2) != 0)
+    # The infinite threshold is put before the others after the points were chosen.
+    kept = np.append(0, 1 + np.flatnonzero(np.append(np.append(True, bends), len(accepted[0]) > 1)))
+    falling_far, falling_tar = roc.far_T[kept][::-1], roc.tar_T[kept][::-1]
+    return tuple(float(falling_tar[np.argmin(np.abs(falling_far - far))]) for far in fars)

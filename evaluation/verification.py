@@ -124,7 +124,7 @@ def ten_fold_accuracy(distances_P: Floats, same_P: Bools) -> TenFold:
     total = len(distances_P)
     if total < FOLDS:
         raise ValueError(f"expected at least {FOLDS} pairs for ten-fold accuracy, got {total}: add pairs to the set")
-    fold_P = np.repeat(np.arange(FOLDS), [total // FOLDS + (fold < total % FOLDS) for fold in range(FOLDS)])
+    fold_P = fold_of_pairs(total)
     # A pair is accepted from the first threshold above its distance on; at K, by none.
     first_P = np.searchsorted(_THRESHOLDS_K, distances_P, side="right")
     bins = len(_THRESHOLDS_K) + 1
@@ -139,3 +139,8 @@ def ten_fold_accuracy(distances_P: Floats, same_P: Bools) -> TenFold:
     best_F = np.argmax(right_FK.sum(axis=0) - right_FK, axis=1)
     accuracies_F = right_FK[np.arange(FOLDS), best_F] / np.bincount(fold_P)
     return TenFold(accuracies_F, _THRESHOLDS_K[best_F])
+
+
+def fold_of_pairs(total: int) -> npt.NDArray[np.int64]:
+    """The fold (0 … 9) of each of P = total pairs: in their order, the first P % 10 folds hold one pair more."""
+    return np.repeat(np.arange(FOLDS), [total // FOLDS + (fold < total % FOLDS) for fold in range(FOLDS)])

@@ -1,4 +1,4 @@
-"""Look at what a run needs before it starts, and at the checkpoints that it has written."""
+"""Look at what a run needs before it starts, at the checkpoints that it has written, and at weights of others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from data.commands.arguments import Parser
-from training.commands import checkpoint, doctor
+from training.commands import checkpoint, doctor, insightface
 from training.errors import USER_ERRORS
 
-_COMMANDS = (doctor, checkpoint)
+_COMMANDS = (doctor, checkpoint, insightface)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from backbones import Backbone, build_backbone, names, normalise_pixels
 from backbones.iresnet import BLOCKS
+from backbones.vit import VARIANTS
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors"
-RECORDED = {"iresnet18": "r18", "iresnet50": "r50", "mobilefacenet": "mbf"}
-TRAINED = ("iresnet18", "mobilefacenet", "small")
+RECORDED = {"iresnet18": "r18", "iresnet50": "r50", "mobilefacenet": "mbf", "vit_t": "vit_t", "vit_s": "vit_s"}
+TRAINED = ("iresnet18", "mobilefacenet", "small", "vit_t")
 IRESNET_KEY = re.compile(
     r"(conv1|bn1|prelu|bn2|fc|features|layer[1-4]\.\d+\.(bn1|conv1|bn2|prelu|conv2|bn3|downsample\.[01]))\.\w+"
 )
@@ -79,8 +80,29 @@ def test_outputs_are_the_peers(name: str) -> None:
         double = backbone.double()(x)
     largest = expected.abs().max()
     # Relative to the largest component: what is left is the recorded 12 digits, and float32's rounding.
-    assert (double - expected).abs().max() < 1e-11 * largest
+    rounding = 1e-11 if vector["dtype"] == "torch.float64" else 1e-5
+    assert (double - expected).abs().max() < rounding * largest
     assert (single - expected).abs().max() < 1e-5 * largest
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_vit_has_the_recorded_keys_at_its_width_and_depth(name: str) -> None:
+    """B, L and H were not recorded: they are S with more blocks or wider tokens."""
+    recorded, v = _vector("vit_s")["keys"], VARIANTS[name]
+    expected = {}
+    for key, shape in recorded.items():
+        wide = (
+            shape
+            if key.startswith("feature.3.")
+            else [size // 512 * v.width if size % 512 == 0 else size for size in shape]
+        )
+        if key == "feature.2.weight":
+            wide = [512, v.width]
+        if not key.startswith("blocks."):
+            expected[key] = wide
+        elif key.startswith("blocks.0."):
+            expected |= {key.replace("blocks.0.", f"blocks.{i}."): wide for i in range(v.depth)}
+    assert {key: list(value.shape) for key, value in _meta(name).state_dict().items()} == expected
 
 
 @pytest.mark.parametrize("depth", BLOCKS)
@@ -104,6 +126,15 @@ def test_parameter_counts() -> None:
         "iresnet200": 118.8,
         "mobilefacenet": 2.1,
         "small": 2.6,
+        "vit_t": 19.1,
+        "vit_t_dp005_mask0": 19.1,
+        "vit_s": 76.0,
+        "vit_s_dp005_mask_0": 76.0,
+        "vit_b": 113.8,
+        "vit_b_dp005_mask_005": 113.8,
+        "vit_l": 255.7,
+        "vit_l_dp005_mask_005": 255.7,
+        "vit_h": 756.4,
     }
 
 
@@ -162,7 +193,7 @@ def test_images_do_not_mix_in_evaluation(name: str) -> None:
     assert torch.linalg.norm(together - last_in_memory) < 1e-5 * torch.linalg.norm(together)
 
 
-@pytest.mark.parametrize("name", ["iresnet100", "mobilefacenet", "small"])
+@pytest.mark.parametrize("name", ["iresnet100", "mobilefacenet", "small", "vit_t"])
 def test_an_untrained_network_evaluates_to_finite_embeddings(name: str) -> None:
     with torch.no_grad():
         embedding = build_backbone(name).eval()(_images(1))
@@ -235,5 +266,9 @@ def test_settings_out_of_range_are_refused() -> None:
         build_backbone("iresnet18", dropout=1.0)
     with pytest.raises(ValueError, match="embedding_size: expected at least 1, got 0"):
         build_backbone("small", embedding_size=0)
+    for wrong in ({"drop_path": 1.0}, {"mask_ratio": -0.1}, {"mask_ratio": 0.999}):
+        (name,) = wrong
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            build_backbone("vit_t", **wrong)
     with pytest.raises(TypeError, match="dropout"):
         build_backbone("small", dropout=0.1)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from evaluation.plots import roc_figure, save_png, score_figure, verification_figure
+from evaluation.plots import det_figure, roc_figure, save_png, score_figure, verification_figure
 from evaluation.roc import Roc, roc_of
 from evaluation.verification import TenFold, Verification, verify
 
@@ -244,6 +244,22 @@ def test_figures_are_made_in_threads_and_leave_no_trace() -> None:
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_the_det_curve_is_what_the_roc_leaves_out() -> None:
+    roc = _result(60, 3.0).roc
+    (axes,) = det_figure({"a": roc, "b": _identical(10).roc}, title="").axes
+    missed, none_missed, equal = axes.get_lines()
+    far, share = (np.asarray(side, float) for side in missed.get_data())
+    drawn = np.isfinite(share)
+    points = set(zip(roc.far_T.tolist(), (1 - roc.tar_T).tolist(), strict=True))
+    found = list(zip(far[drawn].tolist(), share[drawn].tolist(), strict=True))
+    assert len(found) > 3
+    assert set(found[1:]) <= points, "the first stands on the left border"
+    assert [line.get_label() for line in (missed, none_missed, equal)] == ["a", "b", "equal errors"]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    with pytest.raises(ValueError, match="at least one result"):
+        det_figure({}, title="")
 
 
 def test_nothing_to_draw_is_refused() -> None:
