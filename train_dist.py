@@ -47,11 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     ranks: Ranks | None = None
     try:
-        with Signals() as signals:
-            config = load_config(args.config, args.set)
-            flights = Path(config.train.output) / "flight_recorder"
-            with open_ranks(config.train, flights=flights) as ranks, ranks.monitor:
-                stopped = Trainer(config, ranks).run(signals)
+        config = load_config(args.config, args.set)
+        flights = Path(config.train.output) / "flight_recorder"
+        # Until the ranks have met, a signal ends this process at once: there is nothing to lose.
+        with open_ranks(config.train, flights=flights) as ranks, ranks.monitor, Signals() as signals:
+            stopped = Trainer(config, ranks).run(signals)
     except USER_ERRORS as error:
         if ranks is None and os.environ.get("LOCAL_RANK", "0") != "0":
             time.sleep(_GRACE)  # local rank 0 meets the same error and says it; torchrun then ends all ranks
