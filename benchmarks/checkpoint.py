@@ -151,16 +151,18 @@ class Dcp:
         return {"weight": self._run.head.weight.detach(), "momentum": self._run.momentum}
 
 
-_WAYS: tuple[Callable[[_Run, Path], Ours | TorchSave | Dcp], ...] = (Ours, TorchSave, Dcp)
+_WAYS: dict[str, Callable[[_Run, Path], Ours | TorchSave | Dcp]] = {way.name: way for way in (Ours, TorchSave, Dcp)}
 
 
-def measure(classes: int, dim: int, folder: Path, repeats: int, ranks: Ranks) -> dict[str, list[Times]]:
+def measure(
+    names: Sequence[str], classes: int, dim: int, folder: Path, repeats: int, ranks: Ranks
+) -> dict[str, list[Times]]:
     """Times of each way, in turns; the first turn, in which memory is got, is left out."""
     run = _Run(classes, dim, ranks)
     ways = []
-    for number, make in enumerate(_WAYS):
+    for number, name in enumerate(names):
         (there := folder / str(number)).mkdir()
-        ways.append(make(run, there))
+        ways.append(_WAYS[name](run, there))
     found: dict[str, list[Times]] = {way.name: [] for way in ways}
     for turn in range(repeats + 1):
         for way in ways:
@@ -182,6 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--classes", type=int, default=200_000, help="C")
     parser.add_argument("--dim", type=int, default=512, help="D")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--ways", nargs="+", choices=list(_WAYS), default=list(_WAYS), help="the first is compared with"
+    )
     parser.add_argument("--folder", type=Path, help="on the disk to measure; without it the system's temporary folder")
     parser.add_argument("--out", type=Path, metavar="FILE")
     args = parser.parse_args(arguments)
@@ -189,21 +194,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="checkpoints-", dir=args.folder))
     try:
         with open_ranks(TrainConfig(device="cpu")) as ranks:
-            found = measure(args.classes, args.dim, folder, args.repeats, ranks)
+            found = measure(args.ways, args.classes, args.dim, folder, args.repeats, ranks)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     medians = {name: Times(*map(statistics.median, zip(*times, strict=True))) for name, times in found.items()}
-    ours = medians["ours"]
+    first = medians[args.ways[0]]
     size = f"{2 * args.classes * args.dim * 4 / 1e9:.2f} GB"
     texts = [
-        (size, name, *(f"{digits(mine)} ({digits(mine / its)} x)" for mine, its in zip(times, ours, strict=True)))
+        (size, name, *(f"{digits(mine)} ({digits(mine / its)} x)" for mine, its in zip(times, first, strict=True)))
         for name, times in medians.items()
     ]
     publish(
         f"Checkpoints: {args.classes} class centres of {args.dim} numbers, and their momentum",
         _HEADER,
         texts,
-        about=about | {"figures": f"medians of {args.repeats}; in brackets against ours"},
+        about=about | {"figures": f"medians of {args.repeats}; in brackets against the first"},
         rows=[{"way": name, "times": [time._asdict() for time in times]} for name, times in found.items()],
         out=args.out,
     )
