@@ -52,7 +52,7 @@ def cluster(
     """
     config = ClusteringConfig()
     C = data.num_labels
-    K = C + round(config.extra_clusters * C)
+    K = config.num_clusters(C)
     whole = Shard(0, C)
     points = Points(
         x_PD=torch.from_numpy(data.x_PD),

@@ -73,7 +73,7 @@ class ClusterService:
             )
         self.config, self.margin, self.group, self.device = config, margin, group, device
         self.num_classes, self.product_dtype = num_classes, product_dtype
-        self.num_clusters = num_classes + round(config.extra_clusters * num_classes)
+        self.num_clusters = config.num_clusters(num_classes)
         self.bank = EmbeddingBank(
             labels=labels,
             num_classes=num_classes,

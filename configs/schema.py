@@ -146,6 +146,10 @@ class ClusteringConfig:
             value = getattr(self, name)
             require(value >= 0, at + name, value, "0 or more")
 
+    def num_clusters(self, classes: int) -> int:
+        """K: one for each class, and `extra_clusters`."""
+        return classes + round(self.extra_clusters * classes)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:

@@ -1,8 +1,9 @@
-"""Embeddings of a verification set's pairs."""
+"""Verification sets whose pairs can be evaluated, and the embeddings of their pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,24 @@ import numpy.typing as npt
 import torch.distributed as dist
 
 from backbones import Backbone
+from data.errors import DataError
+from data.verification_bin import VerificationSet, read_bin
 from evaluation.embed import Images, embed_images
+from evaluation.verification import FOLDS
+
+
+def read_pairs(path: Path) -> VerificationSet:
+    """A .bin whose pairs can be evaluated. Raises DataError for one that cannot be read, has fewer pairs than
+    `verification.FOLDS`, or pairs of one kind only.
+    """
+    pairs = read_bin(path)
+    alike = int(pairs.same.sum())
+    if len(pairs.same) < FOLDS or not 0 < alike < len(pairs.same):
+        raise DataError(
+            f"{path}: expected at least {FOLDS} pairs, of one person and of two, got {len(pairs.same)} pairs, {alike} "
+            "of one person: make the set anew with more pairs"
+        )
+    return pairs
 
 
 class PairEmbeddings(NamedTuple):

@@ -19,13 +19,17 @@ from training.distributed import Ranks
 from training.monitor import RECORDS
 
 
-def open_same_records(config: DataConfig, ranks: Ranks) -> RecordSet:
-    """Open the training set, the same on all ranks. Raises what `open_records` and `refuse_different_sets` do."""
+def open_same_records(config: DataConfig, ranks: Ranks) -> tuple[RecordSet, int]:
+    """Open the training set, the same on all ranks; and `label_digest` of it.
+
+    Raises what `open_records` and `refuse_different_sets` do.
+    """
     ranks.monitor.at(0, RECORDS)
     records = open_records(config)
     ranks.monitor.at(0, "build")
-    refuse_different_sets(records, ranks)
-    return records
+    digest = label_digest(records)
+    refuse_different_sets(records, digest, ranks)
+    return records, digest
 
 
 def label_digest(records: RecordSet) -> int:
@@ -34,28 +38,29 @@ def label_digest(records: RecordSet) -> int:
     return int.from_bytes(digest, "little")
 
 
-def facts_of(config: RunConfig, records: RecordSet, images: int) -> dict[str, dict[str, Any]]:
+def facts_of(config: RunConfig, records: RecordSet, labels: int, images: int) -> dict[str, dict[str, Any]]:
     """What must agree between a run and the checkpoint that it goes on from: settings by section, and facts.
 
-    images: of an optimizer step, over all ranks. As JSON gives them back.
+    labels: `label_digest`. images: of an optimizer step, over all ranks. As JSON gives them back.
     """
     of_records = {
         "classes": records.num_classes,
         "samples": records.num_samples,
-        "labels": f"{label_digest(records):014x}",
+        "labels": f"{labels:014x}",
     }
     facts = {"records": of_records, "step": {"images": images}, **to_dict(config)}
     as_json: dict[str, dict[str, Any]] = json.loads(json.dumps(facts))
     return as_json
 
 
-def refuse_different_sets(records: RecordSet, ranks: Ranks) -> None:
+def refuse_different_sets(records: RecordSet, labels: int, ranks: Ranks) -> None:
     """Raise ConfigError, on all ranks alike, unless all have as many images and classes and the same labels in order.
 
     Ranks of different sets would make epochs of different length, and wait for each other for ever, or give one
-    person's images another's number. Images are not compared. One all-reduce of three numbers a rank; reads all labels.
+    person's images another's number. Images are not compared. labels: `label_digest`. One all-reduce of three numbers
+    a rank.
     """
-    mine = [records.num_samples, records.num_classes, label_digest(records)]
+    mine = [records.num_samples, records.num_classes, labels]
     facts_W3 = torch.zeros(ranks.world_size, 3, dtype=torch.int64, device=ranks.device)
     facts_W3[ranks.rank] = torch.tensor(mine)
     rows = all_reduce_(facts_W3, ranks.group).tolist()

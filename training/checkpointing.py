@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import time
@@ -46,7 +45,7 @@ class RunCheckpoints:
         self._counts = False
 
     def start(self, *, resume: bool) -> Saved | None:
-        """Resume or start over; from here on this run alone writes here. Two all-reduces for each that is tried.
+        """Resume or start over; from here on this run alone writes here. One all-reduce, and those of `resume`.
 
         Ranks that torchrun has started anew resume either way: what their own run has written.
         """
@@ -61,7 +60,7 @@ class RunCheckpoints:
         """Become what the newest whole checkpoint holds; None where there is none at all.
 
         Says of each that is damaged that it is left out. Raises CheckpointError, on all ranks: when it is of another
-        run, when ranks see different ones, or when there are some and none is whole. Two all-reduces for each.
+        run, when ranks see different ones, or when there are some and none is whole. Three all-reduces for each.
         """
         lines: list[str] = []
         self._resumed += 1
@@ -90,7 +89,7 @@ class RunCheckpoints:
         return None
 
     def _all_restored(self, saved: Saved) -> bool:
-        """Whether all ranks have restored it; False when it is damaged on one. Two all-reduces at most."""
+        """Whether all ranks have restored it; False when it is damaged on one. One all-reduce."""
         saved.each = self._ranks.monitor.moved
         code, error = _FINE, ""
         try:
@@ -117,10 +116,7 @@ class RunCheckpoints:
 
     def _check_same(self, saved: Saved | None) -> None:
         """Ranks that went on from different steps would run different collectives and wait for each other for ever."""
-        step, mark = -1, 0
-        if saved is not None:
-            step = saved.manifest.step
-            mark = int.from_bytes(hashlib.sha256(saved.manifest.to_bytes()).digest()[:6], "big")
+        step, mark = (-1, 0) if saved is None else (saved.manifest.step, saved.mark)
         oldest, newest = extremes(step, self._ranks.group, self._ranks.device)
         low, high = extremes(mark, self._ranks.group, self._ranks.device)
         if newest != oldest or low != high:

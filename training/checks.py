@@ -1,4 +1,4 @@
-"""What must hold before a run is built: a folder to write to, and records that the backbones can take."""
+"""What must hold before a run is built: a folder to write to, records that the backbones can take, and a step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,25 @@ def make_writable(output: Path, rank: int) -> None:
         ) from None
 
 
+def cache_of(config: DataConfig) -> Cache:
+    """Where blocks of a far set are kept."""
+    folder = Path(config.cache).expanduser() if config.cache else default_folder()
+    return Cache(folder, int(config.cache_gb * 1e9))
+
+
+def steps_of(batches: int, accumulation: int) -> int:
+    """Optimizer steps of an epoch of so many batches. Raises ConfigError when there is none."""
+    if batches < accumulation:
+        raise ConfigError(f"train.accumulation: expected at most the epoch's {batches} batches, got {accumulation}")
+    return batches // accumulation
+
+
 def open_records(config: DataConfig) -> RecordSet:
     """Open the training set. Raises ConfigError or DataError when there is none, or none that can be trained on."""
     path = config.path
     if not path:
         raise ConfigError("data.path: expected the folder that holds train.rec, got nothing: use --set data.path=…")
-    folder = Path(config.cache).expanduser() if config.cache else default_folder()
-    records = RecordSet.open(path, Cache(folder, int(config.cache_gb * 1e9)))
+    records = RecordSet.open(path, cache_of(config))
     if records.image_size != IMAGE_SIZE:
         expected, found = ("x".join(map(str, size)) for size in (IMAGE_SIZE, records.image_size))
         raise ConfigError(

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from backbones import build_backbone, names
-from data.files import appearing
 from evaluation.embed_records import EmbedError, read_weights
 from sharding import shard_of
 from training.checkpoint import CheckpointError
+from training.weight_files import write_rows, write_weights
 
 _RANK_FILE = re.compile(
     r"(softmax_fc_gpu_|checkpoint_gpu_|rank[_:](?=\d+_softmax_weight))(\d{1,5})(?:_softmax_weight)?\.pt"
@@ -72,8 +71,7 @@ def _shapes(name: str, dim: int) -> dict[str, torch.Size]:
 
 def write_backbone(weights: Weights, out: Path) -> None:
     """A bare state dict, as `backbone.pt`. Raises DataError."""
-    with appearing([out]) as (partial,), partial.open("wb") as file:
-        torch.save({key: tensor.contiguous() for key, tensor in weights.tensors.items()}, file)
+    write_weights({key: tensor.contiguous() for key, tensor in weights.tensors.items()}, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +176,4 @@ def _read(path: Path, *, lazily: bool = False) -> Any:
 
 def write_centres(heads: Heads, out: Path) -> None:
     """All centres, (C, D) by class, as .npy in float32. Raises CheckpointError, DataError."""
-    with appearing([out]) as (partial,), partial.open("wb") as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (heads.num_classes, heads.dim)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for _, centres in heads.rows():
-            file.write(centres.numpy().tobytes())
+    write_rows((centres for _, centres in heads.rows()), (heads.num_classes, heads.dim), out)

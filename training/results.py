@@ -18,6 +18,7 @@ from data.files import appearing
 from data.records import RecordSet
 from training.distributed import Ranks
 from training.metrics import RunLog
+from training.weight_files import write_weights
 
 
 def introduce(log: RunLog, config: RunConfig, records: RecordSet, ranks: Ranks, output: Path) -> None:
@@ -38,8 +39,7 @@ def _write(path: Path, text: str) -> None:
 
 def write_results(output: Path, backbone: nn.Module, hardest: Sequence[ClassReport] | None) -> None:
     """backbone.pt, and classes.json where there are clusters; each whole or not at all. Raises DataError."""
-    with appearing([output / "backbone.pt"]) as (partial,), partial.open("wb") as file:
-        torch.save(backbone.state_dict(), file)  # a path would hide why it cannot be written
+    write_weights(backbone.state_dict(), output / "backbone.pt")
     if hardest is not None:
         rows = [dataclasses.asdict(row) for row in hardest]
         with appearing([output / "classes.json"]) as (partial,):

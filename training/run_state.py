@@ -86,9 +86,9 @@ class RunState:
         """Become what was saved, by any number of ranks. Raises DamagedError, CheckpointError."""
         state = saved.values["state"]
         try:
-            self._backbone.load_state_dict(_named(saved, "backbone."))
+            self._backbone.load_state_dict(saved.named("backbone."))
             self._restore_centres(saved, state["centres"])
-            _load(self._of_backbone, _by_number(_named(saved, "optimizer.backbone.")))
+            _load(self._of_backbone, _by_number(saved.named("optimizer.backbone.")))
             if self._service is not None:
                 self._service.load_state_dict(self._clusters(saved, state["clusters"]))
         except (KeyError, RuntimeError) as error:
@@ -103,7 +103,7 @@ class RunState:
 
     def _restore_centres(self, saved: Saved, scalars: dict[str, Any]) -> None:
         start, stop, _ = self._centres
-        head: dict[str, Any] = {**_named(saved, "head.", leave="head.weight")}
+        head: dict[str, Any] = {**saved.named("head.", leave="head.weight")}
         head |= {"weight": saved.read("head.weight", start, stop), "_extra_state": self._head.get_extra_state()}
         self._head.load_state_dict(head)
         prefix = "optimizer.centres."
@@ -176,13 +176,6 @@ def _load(optimizer: torch.optim.Optimizer, states: dict[int, dict[str, Any]]) -
             if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
                 # As the parameter lies in memory (channels last), or every step would go across it.
                 state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
-
-
-def _named(saved: Saved, prefix: str, *, leave: str = "") -> dict[str, Tensor]:
-    """Whole tensors whose name begins so, without that."""
-    return {
-        name.removeprefix(prefix): saved.read(name) for name in saved.names if name.startswith(prefix) and name != leave
-    }
 
 
 def _parted(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -18,7 +18,7 @@ from partial_fc.head import PartialFCHead
 from training.agreement import facts_of, open_same_records
 from training.checkpoint import Saved
 from training.checkpointing import RunCheckpoints
-from training.checks import make_writable
+from training.checks import make_writable, steps_of
 from training.distributed import Ranks, data_parallel
 from training.errors import TrainingError
 from training.guard import Guard, RollBack
@@ -42,7 +42,7 @@ class Trainer:
         self.batch_size, self.accumulation = train.share(ranks.world_size)
         self.output = Path(train.output)
         make_writable(self.output, ranks.rank)
-        self.records = open_same_records(config.data, ranks)
+        self.records, labels = open_same_records(config.data, ranks)
         self.loader = build_loader(
             self.records,
             batch_size=self.batch_size,
@@ -59,12 +59,7 @@ class Trainer:
             images_per_identity=config.data.images_per_identity,
             window=config.data.window,
         )
-        self.steps_per_epoch = self.loader.steps_per_epoch // self.accumulation
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"train.accumulation: expected at most the epoch's {self.loader.steps_per_epoch} batches, "
-                f"got {self.accumulation}"
-            )
+        self.steps_per_epoch = steps_of(self.loader.steps_per_epoch, self.accumulation)
         self.total_steps = self.steps_per_epoch * train.epochs
         self.global_batch = self.batch_size * self.accumulation * ranks.world_size
         torch.manual_seed(train.seed)  # the same weights on all ranks
@@ -105,8 +100,10 @@ class Trainer:
             ranks=ranks,
             seed=train.seed,
         )
-        self.checkpoints = RunCheckpoints(train, ranks, state, facts_of(config, self.records, self.global_batch))
-        self.step, self._evaluated, self._advised = 0, -1, False
+        self.checkpoints = RunCheckpoints(
+            train, ranks, state, facts_of(config, self.records, labels, self.global_batch)
+        )
+        self.step, self._evaluated, self._checked, self._advised = 0, -1, -1, False
         self.meter = Meter(ranks)
         trained = [name for name, p in self.backbone.module.named_parameters() if p.requires_grad]
         self.guard = Guard(config.guard, parameters=trained, ranks=ranks, say=lambda line: self.log.say(line))  # noqa: PLW0108
@@ -150,7 +147,7 @@ class Trainer:
         self.meter.unusable.fill_(values["unusable"])
         if self.train_step.loss_scale is not None:
             self.train_step.loss_scale.load_state_dict(values["loss_scale"])
-        self.step = saved.manifest.step
+        self.step, self._checked = saved.manifest.step, -1
         self._evaluated = self.step if saved.manifest.evaluated else -1
 
     def _roll_back(self, why: str) -> None:
@@ -162,10 +159,16 @@ class Trainer:
         rate = f"{self.guard.lr_factor:g} of the schedule's"
         self.log.say(f"{why}: back to step {self.step}; the learning rate is {rate}")
 
+    def _check_weights(self) -> None:
+        """Raises RollBack, on all ranks, when they are not finite. One all-reduce, once after a step."""
+        if self._checked != self.step:
+            self.guard.check_weights(self.backbone.module, self.head)
+            self._checked = self.step
+
     def _save(self, *, last: bool = False) -> None:
         """Raises RollBack instead of saving what no step could go on from."""
         self.guard.settle()
-        self.guard.check_weights(self.backbone.module, self.head)
+        self._check_weights()
         self.ranks.monitor.at(self.step, "checkpoint")
         self.checkpoints.save(self.step, self._values, self.log, last=last)
 
@@ -250,7 +253,7 @@ class Trainer:
         if self.step % (train.checkpoint_steps or self.steps_per_epoch) == 0 and self.step < last:
             self._save()  # before an evaluation: it is written meanwhile
         if self._is_evaluation_due() and self.step < self.total_steps:
-            self.guard.check_weights(self.backbone.module, self.head)
+            self._check_weights()
             self._evaluate()
 
     def _is_evaluation_due(self) -> bool:

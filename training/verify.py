@@ -17,8 +17,8 @@ from backbones import Backbone
 from configs.schema import ConfigError, RunConfig
 from data.errors import DataError
 from data.records import RecordSet
-from data.verification_bin import VerificationSet, read_bin
-from evaluation.pairs import PairEmbeddings, embed_pairs
+from data.verification_bin import VerificationSet
+from evaluation.pairs import PairEmbeddings, embed_pairs, read_pairs
 from evaluation.plots import save_png, verification_figure
 from training.distributed import Ranks
 from training.errors import TrainingError
@@ -38,7 +38,7 @@ class Verification:
         """Raises DataError for a set that cannot be read, has fewer than ten pairs, or pairs of one kind only, and
         ConfigError for two sets of the same name.
         """
-        self._sets = [_Set(Path(name).stem, _read(records.file(name))) for name in config.eval.sets]
+        self._sets = [_Set(Path(name).stem, read_pairs(records.file(name))) for name in config.eval.sets]
         names = [name for name, _ in self._sets]
         if len(set(names)) < len(names):
             raise ConfigError(f"eval.sets: expected files of different names, got {', '.join(config.eval.sets)}")
@@ -97,17 +97,6 @@ class Verification:
         log.figure(step, f"verification/{name}", figure)
         tars = ", ".join(f"{key} {100 * value:.1f}%" for key, value in values.items() if key.startswith("tar"))
         log.say(f"step {step}: {name} accuracy {100 * result.accuracy:.2f}% ± {100 * result.accuracy_std:.2f}%, {tars}")
-
-
-def _read(path: Path) -> VerificationSet:
-    pairs = read_bin(path)
-    alike = int(pairs.same.sum())
-    if len(pairs.same) < pairs_of_faces.FOLDS or not 0 < alike < len(pairs.same):
-        raise DataError(
-            f"{path}: expected at least {pairs_of_faces.FOLDS} pairs, of one person and of two, got {len(pairs.same)} "
-            f"pairs, {alike} of one person: make the set anew with more pairs"
-        )
-    return pairs
 
 
 def share_statistics(backbone: torch.nn.Module, group: dist.ProcessGroup) -> None:

@@ -14,15 +14,14 @@ from rich.console import Console
 
 from data.commands.arguments import progress_on, whole
 from data.errors import DataError
-from data.verification_bin import VerificationSet, read_bin
 from evaluation.bootstrap import LEVEL, RESAMPLES, Interval, bootstrap
 from evaluation.commands.model import add_model, chosen_model
 from evaluation.commands.results import percent, rates, refuse_present, show, write_results
 from evaluation.embed_records import EmbedError, load_backbone
-from evaluation.pairs import PairEmbeddings, embed_pairs
+from evaluation.pairs import PairEmbeddings, embed_pairs, read_pairs
 from evaluation.plots import det_figure, roc_figure, score_figure
 from evaluation.runs import SCORES
-from evaluation.verification import FOLDS, Verification, verify
+from evaluation.verification import Verification, verify
 
 _EXAMPLE = "python -m evaluation verify --run runs/mine sets/lfw.bin sets/cfp_fp.bin --out runs/mine/evaluation"
 _FILE = "verification.json"
@@ -73,7 +72,7 @@ def verify_sets(
         raise DataError("--resamples: expected 0, for no intervals, or at least 2, got 1")
     files = [_FILE, *(SCORES.format(name) for name in names)]
     refuse_present(args.out, files, force=args.force)
-    sets = {path.stem: _read(path) for path in args.sets}
+    sets = {path.stem: read_pairs(path) for path in args.sets}
     backbone = load_backbone(model.backbone, embedding_size=model.embedding_size, weights=weights).to(device)
     results: dict[str, Verification] = {}
     with progress_on(console) as progress:
@@ -100,18 +99,6 @@ def verify_sets(
             SCORES.format(name): np.column_stack([result.scores_P, result.same_P]) for name, result in results.items()
         }
         write_results(args.out, _FILE, content, figures=_figures(results), arrays=scores)
-
-
-def _read(path: Path) -> VerificationSet:
-    """Raises DataError for a set that cannot be evaluated, before time is spent on it."""
-    pairs = read_bin(path)
-    alike = int(pairs.same.sum())
-    if len(pairs.same) < FOLDS or not 0 < alike < len(pairs.same):
-        raise DataError(
-            f"{path}: expected at least {FOLDS} pairs, of one person and of two, got {len(pairs.same)} pairs, {alike} "
-            "of one person: make the set anew with more pairs"
-        )
-    return pairs
 
 
 def _refuse_not_finite(name: str, embedded: PairEmbeddings) -> None:

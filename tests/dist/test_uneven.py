@@ -15,7 +15,7 @@ from configs.head import HeadConfig
 from configs.schema import ConfigError, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from data.__main__ import main as data
 from tests.ranks import RankPool, ranks_of
-from training.agreement import refuse_different_sets
+from training.agreement import label_digest, refuse_different_sets
 from training.stopping import Signals
 from training.trainer import Trainer
 
@@ -24,7 +24,7 @@ def _check(group: dist.ProcessGroup, sets: dict[int, list[int]], usual: list[int
     labels = np.array(sets.get(dist.get_rank(group), usual), dtype=np.int64)
     records = SimpleNamespace(labels=labels, num_samples=len(labels), num_classes=int(labels.max()) + 1)
     try:
-        refuse_different_sets(records, ranks_of(group))  # type: ignore[arg-type]
+        refuse_different_sets(records, label_digest(records), ranks_of(group))  # type: ignore[arg-type]
     except ConfigError as error:
         return str(error)
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import train_dist
+from tests.attack_cases import Say
 
 ROOT = Path(__file__).parents[2]
 IDENTITIES, IMAGES = 24, 8
@@ -117,3 +118,23 @@ def train_here(command: Callable[..., list[str]], capsys: pytest.CaptureFixture[
         return subprocess.CompletedProcess(arguments, code, printed.out, printed.err)
 
     return run
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Path]:
+    """What must not be there in the end."""
+    yield tmp_path / "canary"
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Say:
+    """The one line that was printed to stderr, which starts as an error does."""
+
+    def line() -> str:
+        (text,) = capsys.readouterr().err.splitlines()
+        assert text.startswith("error: ")
+        assert text.isprintable()
+        return text
+
+    return line

@@ -37,7 +37,10 @@ class Saved:
         self.each: Callable[[], None] = _nothing
         """Called for every block that is read, by any thread: reading goes on."""
         sizes = self._again(lambda: place.files(folder), self.address)
-        self.manifest: Manifest = parse(f"{self.address}/{NAME}", self._manifest(sizes))
+        told = self._manifest(sizes)
+        self.manifest: Manifest = parse(f"{self.address}/{NAME}", told)
+        self.mark = int.from_bytes(hashlib.sha256(told).digest()[:6], "big")
+        """Of the manifest: two that agree in it are the same checkpoint."""
         for name, part in self.manifest.parts.items():
             if name not in sizes:
                 raise DamagedError(f"{self.address}: not whole, {name} is missing")
@@ -96,6 +99,11 @@ class Saved:
                         piece.file, at, into[(first - start) * entry.row_bytes : (last - start) * entry.row_bytes]
                     )
         return found if entry.shape else found[0]
+
+    def named(self, prefix: str, *, leave: str = "") -> dict[str, Tensor]:
+        """Whole tensors whose names begin so, by what follows; without `leave`."""
+        names = (name for name in self.names if name.startswith(prefix) and name != leave)
+        return {name.removeprefix(prefix): self.read(name) for name in names}
 
     def block(self, part: str, block: int) -> bytes:
         """A block of a part. Raises DamagedError unless it is what was written."""

@@ -8,19 +8,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from data.files import appearing
 from sharding import Rows, shard_of
 from training.checkpoint.errors import CheckpointError, DamagedError
 from training.checkpoint.folder import Checkpoints, folder_of, part_of
-from training.checkpoint.manifest import Facts, assembled
+from training.checkpoint.manifest import BLOCK, Facts, assembled
 from training.checkpoint.part import write
 from training.checkpoint.places import Place, place_of
 from training.checkpoint.saved import Saved
+from training.weight_files import write_rows, write_weights
 
+_NAMED = re.compile(r"step_\d+")
 _ROWS = 1 << 16
 """Rows that are in memory at a time."""
 
@@ -33,9 +33,9 @@ def checkpoints_at(where: str) -> tuple[Checkpoints, list[str]]:
     where = where.rstrip("/")
     above, _, last = where.rpartition("/")
     try:
-        if re.fullmatch(r"step_\d+", last or where):
+        if _NAMED.fullmatch(last):
             found = _of(place_of(above or os.curdir))
-            names = [last or where] if (last or where) in found.finished() else []
+            names = [last] if last in found.finished() else []
         else:
             found = _of(place_of(where))
             if not (names := found.finished()):
@@ -58,9 +58,8 @@ def newest_at(where: str) -> Saved:
     """The one that is named, or that a run would go on from. Raises CheckpointError where none is whole."""
     found, names = checkpoints_at(where)
     lines: list[str] = []
-    saved = (
-        Saved(found.place, names[0]) if where.rstrip("/").endswith(names[0]) else next(found.newest_first(lines), None)
-    )
+    named = _NAMED.fullmatch(where.rstrip("/").rpartition("/")[2])
+    saved = Saved(found.place, names[0]) if named else next(found.newest_first(lines), None)
     if saved is None:
         raise CheckpointError("; ".join(lines) or f"{where}: no checkpoint in it was ever finished")
     return saved
@@ -69,14 +68,13 @@ def newest_at(where: str) -> Saved:
 def damage(saved: Saved) -> Iterator[tuple[int, str]]:
     """Reads all of it: of each block its bytes, and what is wrong with it, mostly nothing."""
     for name, part in saved.manifest.parts.items():
-        left = part.size
         for block in range(len(part.blocks)):
+            wrong = ""
             try:
-                size, wrong = len(saved.block(name, block)), ""
+                saved.block(name, block)
             except DamagedError as error:
-                size, wrong = 0, str(error)
-            yield size or min(left, 1), wrong
-            left -= size
+                wrong = str(error)
+            yield min(BLOCK, part.size - block * BLOCK), wrong
 
 
 def export_backbone(saved: Saved, out: Path) -> int:
@@ -84,7 +82,7 @@ def export_backbone(saved: Saved, out: Path) -> int:
 
     Raises CheckpointError when it is damaged, DataError when it cannot be written.
     """
-    weights = {name.removeprefix("backbone."): saved.read(name) for name in saved.names if name.startswith("backbone.")}
+    weights = saved.named("backbone.")
     _write(weights, out)
     return sum(tensor.numel() for tensor in weights.values())
 
@@ -96,21 +94,17 @@ def export_centres(saved: Saved, out: Path) -> int:
         _write({"centres": centres}, out)
         return centres.numel()
     rows, dim = saved.shape("head.weight")
-    with appearing([out]) as (partial,), partial.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, dim)})
-        for start in range(0, rows, _ROWS):
-            some = saved.read("head.weight", start, min(rows, start + _ROWS))
-            file.write(some.float().numpy().tobytes())
+    starts = range(0, rows, _ROWS)
+    write_rows((saved.read("head.weight", start, min(rows, start + _ROWS)) for start in starts), (rows, dim), out)
     return rows * dim
 
 
 def _write(tensors: dict[str, Tensor], out: Path) -> None:
+    if out.suffix != ".safetensors":
+        write_weights(tensors, out)
+        return
     with appearing([out]) as (partial,):
-        if out.suffix == ".safetensors":
-            write(place_of(str(partial.parent)), partial.name, tensors)
-        else:
-            with partial.open("wb") as file:  # a path would hide why it cannot be written
-                torch.save(tensors, file)
+        write(place_of(str(partial.parent)), partial.name, tensors)
 
 
 def reshard(saved: Saved, out: str, ranks: int, is_cut: Callable[[str], bool]) -> Saved:
@@ -122,7 +116,7 @@ def reshard(saved: Saved, out: str, ranks: int, is_cut: Callable[[str], bool]) -
     folder = folder_of(saved.manifest.step)
     if there := checkpoints.folders():
         raise CheckpointError(f"{out}: expected no checkpoint there, found {there[0]}: name another folder")
-    told = []
+    told, token = [], f"{time.time_ns():x}"
     for rank in range(ranks):
         tensors: dict[str, Rows | Tensor] = {}
         for name in saved.names:
@@ -132,7 +126,7 @@ def reshard(saved: Saved, out: str, ranks: int, is_cut: Callable[[str], bool]) -
                 tensors[name] = Rows(saved.read(name, *shard), shard.start, shape[0])
             elif rank == 0:
                 tensors[name] = saved.read(name)
-        told.append(write(checkpoints.place, f"{folder}/{part_of(rank, f'{time.time_ns():x}')}", tensors))
+        told.append(write(checkpoints.place, f"{folder}/{part_of(rank, token)}", tensors))
     old = saved.manifest
     facts = Facts(step=old.step, run=old.run, values=old.values, score=old.score, evaluated=old.evaluated)
     checkpoints.publish(folder, assembled(told, facts), "")

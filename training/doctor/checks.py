@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from configs.schema import ConfigError, RunConfig
-from data.cache import Cache, default_folder
 from data.records import RecordSet
-from training.checks import open_records
+from training.checks import cache_of, open_records
 from training.doctor import dataset, disk, gpus, host, memory, network, processes
 from training.doctor.finding import Check, Finding, Once
 
@@ -139,10 +138,8 @@ class Doctor:
     def _cache(self) -> Iterator[Finding]:
         if not self._is_open() or not self._records().far:
             return
-        data = self.config.data
-        folder = Path(data.cache).expanduser() if data.cache else default_folder()
-        cache = Cache(folder, int(data.cache_gb * 1e9))
-        yield disk.cache(disk.free_at(folder), disk.held_by(folder), cache, self._records().bytes)
+        cache = cache_of(self.config.data)
+        yield disk.cache(disk.free_at(cache.folder), disk.held_by(cache.folder), cache, self._records().bytes)
 
     def _memory(self) -> Iterator[Finding]:
         if not self._is_open():

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from backbones import IMAGE_SIZE
-from configs.schema import ConfigError, RunConfig
+from configs.schema import RunConfig
 from data.batch import ImageSource
 from data.decode import DecodeError, check_image, decode_image
 from data.errors import DataError
 from data.loader import build_order
 from data.records import RecordSet
 from data.sampler import BatchPlan
-from data.verification_bin import read_bin
-from evaluation.verification import FOLDS
+from evaluation.pairs import read_pairs
+from training.checks import steps_of
 from training.doctor.finding import Finding, size_text
 
 _LOOKED_AT = 256
@@ -63,11 +63,7 @@ def epoch(records: ImageSource, config: RunConfig, ranks: int) -> Finding:
         seed=train.seed,
     )
     plan = BatchPlan(records.num_samples, batch_size=batch_size, rank=0, world_size=ranks, seed=train.seed, order=order)
-    steps = plan.steps_per_epoch // accumulation
-    if steps == 0:
-        raise ConfigError(
-            f"train.accumulation: expected at most the epoch's {plan.steps_per_epoch} batches, got {accumulation}"
-        )
+    steps = steps_of(plan.steps_per_epoch, accumulation)
     images = plan.global_batch * accumulation
     text = f"{steps} steps of {images} images ({ranks} rank(s) x {batch_size} x {accumulation})"
     return Finding("epoch", "pass", f"{text}, {steps * train.epochs} in all")
@@ -88,16 +84,10 @@ def verification(names: Sequence[str], file: Callable[[str], Path]) -> Iterator[
 
 
 def _pairs(path: Path) -> str:
-    images, same = read_bin(path)
-    alike = int(same.sum())
-    if len(same) < FOLDS or not 0 < alike < len(same):
-        raise DataError(
-            f"{path}: expected at least {FOLDS} pairs, of one person and of two, got {len(same)} pairs, {alike} of "
-            "one person: make the set anew with more pairs"
-        )
+    images, same = read_pairs(path)
     for number in np.linspace(0, len(images) - 1, min(len(images), _PAIRED_LOOKED_AT)).astype(np.int64).tolist():
         try:
             check_image(images[number], IMAGE_SIZE)
         except DecodeError as error:
             raise DataError(f"{path}: image {number} of {len(images)}: {error}: make the set anew") from None
-    return f"{len(same)} pairs, {alike} of one person"
+    return f"{len(same)} pairs, {int(same.sum())} of one person"

@@ -156,7 +156,7 @@ def _clusters(config: RunConfig, sizes: Sizes) -> list[Row]:
     D, R, P, N, C = (
         config.model.embedding_size, sizes.own_classes, sizes.own_samples, sizes.samples, sizes.classes
     )  # fmt: skip
-    K = _num_clusters(config, C)
+    K = config.clustering.num_clusters(C)
     S = -(-K // sizes.ranks)
     version = 4 * D * (S + R) + 4 * N + 20 * K + 28 * R + 4 * C * config.clustering.hard_negatives
     shown = 4 * D * S if sizes.ranks > 1 else 0
@@ -174,17 +174,13 @@ def _clusters(config: RunConfig, sizes: Sizes) -> list[Row]:
 def _saved_clusters(config: RunConfig, sizes: Sizes, classes: int, samples: int) -> int:
     """Bytes of the cluster service in a checkpoint, with a refresh under way, of so many classes and samples."""
     D, C = config.model.embedding_size, sizes.classes
-    K = _num_clusters(config, C)
+    K = config.clustering.num_clusters(C)
     clusters = -(-K * classes // C)
     bank = (2 * D + 1) * samples
     version = 4 * D * (clusters + classes) + 28 * classes
     whole = 4 * sizes.samples + 20 * K + 4 * C * config.clustering.hard_negatives
     refresh = 2 * D * samples + 18 * samples + 4 * D * clusters
     return bank + version + whole + refresh
-
-
-def _num_clusters(config: RunConfig, classes: int) -> int:
-    return classes + round(config.clustering.extra_clusters * classes)
 
 
 def device_memory(found: Plan, free: Sequence[int]) -> Finding:
