@@ -102,15 +102,20 @@ class RunState:
         self._restore_random(saved)
 
     def _restore_centres(self, saved: Saved, scalars: dict[str, Any]) -> None:
+        self._restore_head(saved)
         start, stop, _ = self._centres
-        head: dict[str, Any] = {**saved.named("head.", leave="head.weight")}
-        head |= {"weight": saved.read("head.weight", start, stop), "_extra_state": self._head.get_extra_state()}
-        self._head.load_state_dict(head)
         prefix = "optimizer.centres."
         moments = {
             name.removeprefix(prefix): saved.read(name, start, stop) for name in saved.names if name.startswith(prefix)
         }
         _load(self._of_centres, _by_number(moments, scalars))
+
+    def _restore_head(self, saved: Saved) -> None:
+        """Its copy of the centres is gone when their momentum comes: each may fill half of the memory."""
+        start, stop, _ = self._centres
+        head: dict[str, Any] = {**saved.named("head.", leave="head.weight")}
+        head |= {"weight": saved.read("head.weight", start, stop), "_extra_state": self._head.get_extra_state()}
+        self._head.load_state_dict(head)
 
     def _clusters(self, saved: Saved, values: Any) -> dict[str, Any]:
         assert self._service is not None
