@@ -20,7 +20,7 @@ demo: $(STAMP)  ## pack records, train on 2 ranks with clusters, print a table (
 	@$(BIN)/python -m training.demo
 
 test: lint  ## lint, types and all tests
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .

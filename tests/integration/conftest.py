@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import train_dist
 from tests.attack_cases import Say
+from tests.forked import Forks
 
 ROOT = Path(__file__).parents[2]
 IDENTITIES, IMAGES = 24, 8
@@ -90,12 +91,21 @@ def command(packed: Path, tmp_path: Path) -> Callable[..., list[str]]:
     return build
 
 
-@pytest.fixture
-def train(command: Callable[..., list[str]]) -> Run:
-    """The same run, to its end."""
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Begins `python …` at once: `forks.run(*command, cwd=ROOT, env=environment())` is what `call` does."""
+    started = Forks()
+    yield started
+    started.close()
 
-    def run(*arguments: Any, **named: Any) -> subprocess.CompletedProcess[str]:
-        return call(*command(*arguments, **named))
+
+@pytest.fixture
+def train(command: Callable[..., list[str]], forks: Forks) -> Run:
+    """The same run, to its end, each rank a process; without torchrun, whose part is tested with `command`."""
+
+    def run(ranks: int, *settings: str, **named: Any) -> subprocess.CompletedProcess[str]:
+        whole = command(ranks, *settings, **named)
+        return forks.run(*whole[whole.index("train_dist.py") :], cwd=ROOT, env=environment(), ranks=ranks)
 
     return run
 

@@ -6,28 +6,29 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.forked import Forks
 from tests.integration.conftest import ROOT, Run, call, environment
 
 _SECONDS = 120
 
 
-def _run(command: list[str], **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**environment(), **more},
-        text=True,
-        capture_output=True,
-        timeout=_SECONDS,
-        check=False,
-    )
+Program = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def program(forks: Forks) -> Program:
+    """`program(arguments, NAME=value…)`: with more in its environment."""
+
+    def run(arguments: list[str], **more: str) -> subprocess.CompletedProcess[str]:
+        return forks.run(*arguments, cwd=ROOT, env={**environment(), **more}, timeout=_SECONDS)
+
+    return run
 
 
 def _errors(done: subprocess.CompletedProcess[str]) -> list[str]:
@@ -39,12 +40,12 @@ Doctor = Callable[..., "tuple[int, dict[str, Any]]"]
 
 
 @pytest.fixture
-def doctor(command: Callable[..., list[str]]) -> Doctor:
+def doctor(command: Callable[..., list[str]], program: Program) -> Doctor:
     """`doctor(ranks, *settings)`: exit code, and what was found."""
 
     def run(ranks: int, *settings: str, more: tuple[str, ...] = (), **named: Any) -> tuple[int, dict[str, Any]]:
         parts = command(1, *settings, **named)[1:]
-        done = _run(["-m", "training", "doctor", "--json", "--ranks", str(ranks), *more, *parts])
+        done = program(["-m", "training", "doctor", "--json", "--ranks", str(ranks), *more, *parts])
         assert not _errors(done)
         return done.returncode, json.loads(done.stdout)
 
@@ -92,18 +93,18 @@ def test_a_broken_run_in_one_report(doctor: Doctor, packed: Path, tmp_path: Path
         assert "\n" not in finding["text"]
 
 
-def test_people_read_lines(command: Callable[..., list[str]]) -> None:
-    done = _run(["-m", "training", "doctor", *command(1)[1:]])
+def test_people_read_lines(program: Program, command: Callable[..., list[str]]) -> None:
+    done = program(["-m", "training", "doctor", *command(1)[1:]])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "pass  records: 192 images of 24 identities" in done.stdout
     assert "a checkpoint, of all ranks (disk)" in done.stdout
 
 
-def test_training_meets_a_port_in_use(command: Callable[..., list[str]]) -> None:
+def test_training_meets_a_port_in_use(program: Program, command: Callable[..., list[str]]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = _run(command(1), **place)
+        done = program(command(1), **place)
     assert done.returncode == 2
     (line,) = _errors(done)
     assert f"MASTER_PORT {port}): the port is in use" in line
@@ -116,8 +117,10 @@ def test_training_meets_a_port_in_use(command: Callable[..., list[str]]) -> None
         ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"}, "abc"),
     ],
 )
-def test_training_in_a_wrong_environment(command: Callable[..., list[str]], place: dict[str, str], said: str) -> None:
-    done = _run(command(1), **place)
+def test_training_in_a_wrong_environment(
+    program: Program, command: Callable[..., list[str]], place: dict[str, str], said: str
+) -> None:
+    done = program(command(1), **place)
     assert done.returncode == 2
     (line,) = _errors(done)
     assert said in line

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import Forks
 from tests.integration.conftest import ROOT, Run, environment
 from tests.integration.test_resume import STEPS, same_end, session
 
@@ -26,23 +27,27 @@ def _running(arguments: list[str], folder: Path, until: int) -> Iterator[subproc
         [sys.executable, *arguments], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     ) as run:  # fmt: skip
-        deadline = time.monotonic() + 120
-        latest = folder / "checkpoints" / "latest"
-        while not latest.is_file() or latest.read_text().strip() < f"step_{until:09d}":
-            assert run.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        _wait_for(folder, until)
         yield run
 
 
+def _wait_for(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    latest = folder / "checkpoints" / "latest"
+    while not latest.is_file() or latest.read_text().strip() < f"step_{step:09d}":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_one_process(train: Run, command: Command, tmp_path: Path, number: signal.Signals) -> None:
-    with _running(command(1, "train.checkpoint_steps=2", "train.epochs=400"), tmp_path / "run", 4) as run:
-        run.send_signal(number)
-        begin = time.monotonic()
-        _, told = run.communicate(timeout=60)
-    assert run.returncode == 75
-    assert time.monotonic() - begin < 30
+def test_one_process(forks: Forks, command: Command, tmp_path: Path, number: signal.Signals) -> None:
+    arguments = command(1, "train.checkpoint_steps=2", "train.epochs=400")
+    with forks.start(*arguments, cwd=ROOT, env=environment()) as run:
+        _wait_for(tmp_path / "run", 4)
+        os.kill(run.pids[0], number)
+        done = run.wait(30)
+    assert done.returncode == 75
+    told = done.stderr
     assert f"stopped by {number.name} after" in told
     assert "Traceback" not in told
     step = int(told.partition(" after ")[2].split()[0])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import pytest
 import torch
 
+from tests.forked import Forks, Started
 from tests.integration.conftest import ROOT, Run, environment
 
 Command = Callable[..., list[str]]
@@ -68,22 +67,17 @@ def undisturbed(train_here: Run, tmp_path: Path) -> Weights:
 
 @pytest.mark.parametrize(("moment", "steps"), [("start-up", "0"), ("evaluation", "0"), ("saving", ""), ("refresh", "")])
 def test_a_checkpoint_of_the_step_it_came_in(
-    train_here: Run, command: Command, tmp_path: Path, undisturbed: Weights, moment: str, steps: str
+    train_here: Run, forks: Forks, command: Command, tmp_path: Path, undisturbed: Weights, moment: str, steps: str
 ) -> None:
     slow = tmp_path / "slow.py"
     slow.write_text(_SLOW)
     arguments = command(1, *SETTINGS)[1:]
-    with subprocess.Popen(
-        [sys.executable, str(slow), moment, *arguments],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as run:  # fmt: skip
-        assert run.stdout is not None
-        _wait_for(run.stdout)
-        run.send_signal(signal.SIGTERM)
-        began = time.monotonic()
-        _, told = run.communicate(timeout=60)
-    assert run.returncode == 75, told
-    assert time.monotonic() - began < 30
+    with forks.start(str(slow), moment, *arguments, cwd=ROOT, env=environment()) as run:
+        _wait_for_now(run)
+        os.kill(run.pids[0], signal.SIGTERM)
+        done = run.wait(30)
+    told = done.stderr
+    assert done.returncode == 75, told
     step = told.partition("stopped by SIGTERM after ")[2].split()[0]
     latest = tmp_path / "run" / "checkpoints" / "latest"
     assert step == steps if steps else int(step) > 0
@@ -96,8 +90,8 @@ def test_a_checkpoint_of_the_step_it_came_in(
     assert len(evaluated) == 2, "an evaluation that was broken off is made anew, and none twice"
 
 
-def _wait_for(stream: IO[str]) -> None:
-    for line in stream:
-        if line == "NOW\n":
-            return
-    raise AssertionError("the moment never came")
+def _wait_for_now(run: Started) -> None:
+    deadline = time.monotonic() + 60
+    while "NOW\n" not in run.printed("out"):
+        assert time.monotonic() < deadline, "the moment never came"
+        time.sleep(0.01)

@@ -1,11 +1,14 @@
 """Ten thousand inputs for each parser of files: it reads them, or raises its own error in one line that says where.
 
-Hypothesis draws bytes only, which is quick; what an input is made of is chosen by them here.
+Bytes are drawn by a seed, and what an input is made of is chosen by them.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import pickle
+import random
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +16,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.header import HEADER, HeaderError, unpack
@@ -28,10 +29,31 @@ from tests.record_files import insightface_records, write_set
 T = TypeVar("T")
 INPUTS = 10_000
 """Of each parser."""
-many = settings(
-    max_examples=INPUTS, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-drawn = st.binary(min_size=1, max_size=64)
+
+
+def inputs(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Runs a test on so many `drawn` bytes, and names those on which it fails."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(test)
+        def run(**fixtures: Any) -> None:
+            draw = random.Random(test.__name__)
+            for _ in range(count):
+                drawn = draw.randbytes(draw.randint(1, 64))
+                try:
+                    test(**fixtures, drawn=drawn)
+                except Exception as error:
+                    raise AssertionError(f"with drawn=bytes.fromhex('{drawn.hex()}'): {error}") from error
+
+        told = inspect.signature(test)
+        kept = [parameter for name, parameter in told.parameters.items() if name != "drawn"]
+        run.__signature__ = told.replace(parameters=kept)  # type: ignore[attr-defined]  # drawn is no fixture
+        return run
+
+    return decorate
+
+
+many = inputs(INPUTS)
 
 
 class Chooser:
@@ -92,7 +114,6 @@ _WORDS += [(kind << 29 | length).to_bytes(4, "little") for kind in range(4) for 
 
 
 @many
-@given(drawn=drawn)
 def test_record_files(shared: Path, drawn: bytes) -> None:
     choose, content = Chooser(drawn), b""
     while choose:
@@ -113,7 +134,6 @@ _FLAGS = [0, 1, 2, 3, 11, 1 << 24, 1 << 30, 1 << 31, (1 << 32) - 1]
 
 
 @many
-@given(drawn=drawn)
 def test_headers(drawn: bytes) -> None:
     choose = Chooser(drawn)
     flag, kind = choose.of(_FLAGS), choose.below(3)
@@ -134,7 +154,6 @@ _NUMBERS = [
 
 
 @many
-@given(drawn=drawn)
 def test_indices(shared: Path, drawn: bytes) -> None:
     choose, lines = Chooser(drawn), []
     while choose:
@@ -150,7 +169,6 @@ def test_indices(shared: Path, drawn: bytes) -> None:
 
 
 @many
-@given(drawn=drawn)
 def test_properties(shared: Path, drawn: bytes) -> None:
     choose = Chooser(drawn)
     content = ",".join(choose.of(_NUMBERS) for _ in range(choose.of([3, 3, 3, 0, 1, 2, 4]))).encode()
@@ -180,7 +198,6 @@ def _a_gigabyte() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_a_gigabyte")
 @many
-@given(drawn=drawn)
 def test_verification_sets(shared: Path, drawn: bytes) -> None:
     choose = Chooser(drawn)
     content = choose.damaged(choose.of(_PICKLES))
@@ -194,8 +211,7 @@ def test_verification_sets(shared: Path, drawn: bytes) -> None:
         assert all(type(image) is bytes for image in found.images)
 
 
-@settings(many, max_examples=1_000)
-@given(drawn=drawn)
+@inputs(1_000)
 def test_sets(shared: Path, drawn: bytes) -> None:
     """Several files of a set damaged at once: it does not open, or its samples are of its classes."""
     choose, folder = Chooser(drawn), write_set(shared / "damaged", insightface_records([3, 0, 2]), classes=3)
