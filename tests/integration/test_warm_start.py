@@ -20,11 +20,11 @@ STILL = "optim.lr=1e-12"
 """Steps that move nothing by more than a rounding."""
 
 
-def _start(settings: list[str], *arguments: object) -> int:
+def _start(settings: list[str], *arguments: object, command: tuple[str, ...] = ("insightface", "start")) -> int:
     """In this process; an error leaves the group to the end of its process."""
     threads = torch.get_num_threads()
     try:
-        return main(["insightface", "start", *settings, *(str(argument) for argument in arguments)])
+        return main([*command, *settings, *(str(argument) for argument in arguments)])
     finally:
         torch.set_num_threads(threads)
         if dist.is_initialized():
@@ -96,3 +96,18 @@ def test_centres_of_other_classes_are_refused(
     assert _start(settings[settings.index("--set") :], "--backbone", heads[0], "--heads", *heads) == 2
     assert "its records have 24 classes, the centres are 16" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def test_their_centres_for_some_of_their_classes(
+    theirs: Path, command: Callable[..., list[str]], tmp_path: Path, capsys: Said
+) -> None:
+    settings = command(1)
+    (tmp_path / "map").write_text("0 23\n1 8\n23 0\n")
+    arguments = ("--from", theirs / "checkpoint_gpu_1.pt", "--centres", theirs, "--map", tmp_path / "map")
+    tail = (*arguments, "--others", "random")
+    assert _start(settings[settings.index("--set") :], *tail, command=("start",)) == 0, capsys.readouterr().err
+    parts = [torch.load(theirs / f"checkpoint_gpu_{rank}.pt", weights_only=True) for rank in range(3)]
+    centres_CD = torch.cat([part["state_dict_softmax_fc"]["weight"] for part in parts])
+    saved = Saved(place_of(str(tmp_path / "run" / "checkpoints")), "step_000000000")
+    assert torch.equal(saved.read("head.weight")[[0, 1, 23]], centres_CD[[23, 8, 0]])
+    assert "21 of 24 old class centres are not used" in capsys.readouterr().out

@@ -69,7 +69,7 @@ def _start(args: argparse.Namespace, console: Console) -> int:
     config = load_config(args.config, args.set)
     weights = backbone_weights(args.backbone)
     heads = heads_at(args.heads) if args.heads else None
-    address = write_start(config, ranks=args.ranks, weights=weights, heads=heads)
+    address = write_start(config, ranks=args.ranks, weights=weights, heads=heads).address
     which = "new class centres" if heads is None else f"{heads.num_classes} class centres"
     print(f"{address}: {config.model.backbone} and {which}; train_dist.py goes on from it with the same settings")
     return 0
