@@ -50,10 +50,7 @@ def backbone_weights(path: Path) -> Weights:
         raise CheckpointError(f"{path}: expected the weights of a backbone, tensors by name, found {_kind(found)}")
     wrapped = all(str(key).startswith(_DDP) for key in found)
     tensors = {str(key).removeprefix(_DDP) if wrapped else str(key): value for key, value in found.items()}
-    sized = [tensor for tensor in tensors.values() if tensor.dim()]
-    dim = sized[-1].shape[0] if sized else 0
-    shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    fitting = tuple(name for name in names() if dim and _shapes(name, dim) == shapes)
+    dim, fitting = _fitting({key: tensor.shape for key, tensor in tensors.items()})
     if not fitting:
         some = ", ".join(list(tensors)[:_NAMED])
         raise CheckpointError(
@@ -61,6 +58,15 @@ def backbone_weights(path: Path) -> Weights:
             f"{', '.join(names())}"
         )
     return Weights(tensors, fitting, dim, not wrapped and found is state)
+
+
+def _fitting(shapes: dict[str, torch.Size]) -> tuple[int, tuple[str, ...]]:
+    """Components of an embedding, and the backbones that have such tensors, in any order: (0, ()) where none has."""
+    likely = [name for name in names() if _shapes(name, 1).keys() == shapes.keys()]
+    for dim in {shape[0]: None for shape in reversed(shapes.values()) if shape} if likely else {}:
+        if fitting := tuple(name for name in likely if _shapes(name, dim) == shapes):
+            return dim, fitting
+    return 0, ()
 
 
 @functools.lru_cache(maxsize=64)
