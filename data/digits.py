@@ -1,10 +1,14 @@
-"""Tables of whole numbers read from text at some hundred megabytes a second: eight digits of a number at a time."""
+"""Tables of whole numbers read from text at some hundred megabytes a second: eight digits of a number at a time.
+
+Legend: L lines, C numbers on each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +24,27 @@ _THREADS, _AHEAD = 2, 4
 """As many as were measured to help, on two cores."""
 _WORD = 8
 MOST_DIGITS = 2 * _WORD
-_FEW = 64
+_FEW = 4096
 """Lines of one shape at the start of a text, below which its lines are taken to be of many shapes."""
-_MOST_LINE = 2 * MOST_DIGITS + 2
-_MOST_FIRST = 2**31 - 1
-_TAB, _LINE = 9, 10
+_LINE = ord("\n")
 _ONES = 0x0101010101010101
 
 
 class _OddError(Exception):
-    """A line is not two numbers of MOST_DIGITS digits at most."""
+    """A line is not C numbers of MOST_DIGITS digits at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """Of a line: how many numbers, and the byte between two of them."""
+
+    columns: int
+    separator: int
+
+    @property
+    def longest(self) -> int:
+        """Bytes of a line at the most."""
+        return self.columns * (MOST_DIGITS + 1)
 
 
 @dataclass(slots=True)
@@ -38,38 +53,52 @@ class _Piece:
 
     text: bytearray
     end: int
-    pairs: list[tuple[Ints, Ints]] | None = None
+    parts: list[list[Ints]] | None = None
+    """The columns of some lines, of those after them, and so on."""
 
 
 def pairs_of(path: Path) -> tuple[npt.NDArray[np.int32], Ints] | None:
-    """Both columns of a file of lines `number<TAB>number`: int32 (n,), int64 (n,).
+    """Both columns of a file of lines `number<TAB>number`: int32 (L,), int64 (L,). See `columns_of`."""
+    found = columns_of(path, (np.int32, np.int64), b"\t")
+    return None if found is None else (found[0], found[1])
 
-    None where a line is anything else, a number has more than MOST_DIGITS digits, or one of the first column is above
-    int32: `numpy.loadtxt` can tell more. Memory: 12 bytes a line and some 50 MB. Raises OSError.
+
+def columns_of(
+    path: Path, kinds: Sequence[type[np.int32] | type[np.int64]], separator: bytes
+) -> list[npt.NDArray[Any]] | None:
+    """The C columns (L,) of a file of lines of C whole numbers with one separator, a byte, between two of them.
+
+    kinds: dtypes of the columns. None where a line is anything else, a number has more than MOST_DIGITS digits, or one
+    is above its dtype: slower readers can tell more. Memory: that of the columns and some 50 MB. Raises OSError.
     """
+    form = _Form(len(kinds), separator[0])
     size, read, count = path.stat().st_size, 0, 0
-    firsts, seconds = np.empty(0, np.int32), np.empty(0, np.int64)
-    free = [bytearray(MOST_DIGITS + _MOST_LINE + min(_PIECE, size + 1)) for _ in range(_AHEAD + 2)]
-    for piece in prefetch(_pieces(path, free), _read, rows=1, threads=_THREADS, ahead=_AHEAD):
-        if piece.pairs is None:
+    columns: list[npt.NDArray[Any]] = [np.empty(0, kind) for kind in kinds]
+    free = [bytearray(MOST_DIGITS + form.longest + min(_PIECE, size + 1)) for _ in range(_AHEAD + 2)]
+
+    def work(piece: _Piece, _: range) -> None:
+        piece.parts = _read(piece, form)
+
+    for piece in prefetch(_pieces(path, free, form.longest), work, rows=1, threads=_THREADS, ahead=_AHEAD):
+        if piece.parts is None:
             return None
         read += piece.end - MOST_DIGITS
-        for first, second in piece.pairs:
-            end = count + len(first)
-            if end > len(firsts):
+        for part in piece.parts:
+            end = count + len(part[0])
+            if end > len(columns[0]):
                 # Lines grow longer towards the end; memory that is never written to is not there.
                 room = max(end, int(end * 1.02 * max(size, read) / read))
-                firsts = np.append(firsts[:count], np.empty(room - count, np.int32))
-                seconds = np.append(seconds[:count], np.empty(room - count, np.int64))
-            if first.max() > _MOST_FIRST:
-                return None
-            firsts[count:end], seconds[count:end] = first, second
+                columns = [np.append(old[:count], np.empty(room - count, old.dtype)) for old in columns]
+            for column, values in zip(columns, part, strict=True):
+                if column.dtype != values.dtype and values.max() > np.iinfo(column.dtype).max:
+                    return None
+                column[count:end] = values
             count = end
         free.append(piece.text)
-    return firsts[:count], seconds[:count]
+    return [column[:count] for column in columns]
 
 
-def _pieces(path: Path, free: list[bytearray]) -> Iterator[_Piece]:
+def _pieces(path: Path, free: list[bytearray], longest: int) -> Iterator[_Piece]:
     """Pieces that end with a line, in buffers taken from `free`: new ones would cost as much time as the reading.
 
     What has no line's end for too long is handed on as it is, and refused.
@@ -80,7 +109,7 @@ def _pieces(path: Path, free: list[bytearray]) -> Iterator[_Piece]:
             text = free.pop()
             start = MOST_DIGITS + len(rest)
             text[MOST_DIGITS:start] = rest
-            room = len(text) - MOST_DIGITS - _MOST_LINE
+            room = len(text) - MOST_DIGITS - longest
             end = start + file.readinto(memoryview(text)[start : start + room])
             if end == start:
                 if rest:
@@ -89,37 +118,41 @@ def _pieces(path: Path, free: list[bytearray]) -> Iterator[_Piece]:
                 return
             cut = max(text.rfind(b"\n", MOST_DIGITS, end) + 1, MOST_DIGITS)
             rest = bytes(text[cut:end])
-            if len(rest) > _MOST_LINE:
+            if len(rest) > longest:
                 yield _Piece(text, end)
                 return
             yield _Piece(text, cut)
 
 
-def _read(piece: _Piece, _: range) -> None:
-    """Set `pairs`."""
+def _read(piece: _Piece, form: _Form) -> list[list[Ints]] | None:
+    """See `_Piece.parts`; None for a line that is odd."""
     begin, parts = MOST_DIGITS, []
     try:
         while begin < piece.end:
-            begin, part = _alike(piece, begin) or _unlike(piece, begin)
+            begin, part = _alike(piece, begin, form) or _unlike(piece, begin, form)
             parts.append(part)
     except _OddError:
-        return
-    piece.pairs = parts
+        return None
+    return parts
 
 
-def _alike(piece: _Piece, begin: int) -> tuple[int, tuple[Ints, Ints]] | None:
-    """(end, numbers) of the lines from `begin` on that have their tab and their end where the first one has them.
+def _alike(piece: _Piece, begin: int, form: _Form) -> tuple[int, list[Ints]] | None:
+    """(end, columns) of the lines from `begin` on that have separators and end where the first one has them.
 
     None: they are too few. No position of theirs has to be looked for, which is half of the time.
     """
     text = piece.text
     length = text.find(b"\n", begin, piece.end) + 1 - begin
-    tab = text.find(b"\t", begin, piece.end) - begin
     count = (piece.end - begin) // max(length, 1)
-    if count < _FEW or not 0 <= tab < length:
+    if count < _FEW or not 0 < length <= form.longest:
         return None
     rows = np.frombuffer(text, np.uint8, count * length, begin).reshape(count, length)
-    fits = (rows[:, tab] == _TAB) & (rows[:, -1] == _LINE)
+    ends = [*np.flatnonzero(rows[0] == form.separator).tolist(), length - 1]
+    if len(ends) != form.columns:
+        return None
+    fits = rows[:, -1] == _LINE
+    for end in ends[:-1]:
+        fits &= rows[:, end] == form.separator
     if not fits.all():
         count = int(np.argmin(fits))
     if count < _FEW:
@@ -130,23 +163,26 @@ def _alike(piece: _Piece, begin: int) -> tuple[int, tuple[Ints, Ints]] | None:
         low, high = (np.ndarray((count,), "<u8", text, begin + end - back, (length,)) for back in (_WORD, 2 * _WORD))
         return _numbers(low, high, width)
 
-    return begin + count * length, (numbers(tab, tab), numbers(length - 1, length - 2 - tab))
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    return begin + count * length, [numbers(end, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
-def _unlike(piece: _Piece, begin: int) -> tuple[int, tuple[Ints, Ints]]:
-    """(end, numbers) of all lines from `begin` on."""
+def _unlike(piece: _Piece, begin: int, form: _Form) -> tuple[int, list[Ints]]:
+    """(end, columns) of all lines from `begin` on."""
     rest = np.frombuffer(piece.text, np.uint8, piece.end - begin, begin)
-    tab, line = np.flatnonzero(rest == _TAB), np.flatnonzero(rest == _LINE)
-    if not len(line) or len(tab) != len(line) or line[-1] + 1 != len(rest):
+    line_L, separators = np.flatnonzero(rest == _LINE), np.flatnonzero(rest == form.separator)
+    if not len(line_L) or len(separators) != len(line_L) * (form.columns - 1) or line_L[-1] + 1 != len(rest):
         raise _OddError
-    start = np.append(0, line[:-1] + 1)
     words: _Words = np.ndarray((piece.end - _WORD + 1,), "<u8", piece.text, 0, (1,))  # that begin at each byte
 
-    def numbers(end: Ints, width: Ints) -> Ints:
-        low, high = (words[end + (begin - back)] for back in (_WORD, 2 * _WORD))
-        return _numbers(low, high, width)
+    def numbers(start_L: Ints, end_L: Ints) -> Ints:
+        low, high = (words[end_L + (begin - back)] for back in (_WORD, 2 * _WORD))
+        return _numbers(low, high, end_L - start_L)
 
-    return piece.end, (numbers(tab, tab - start), numbers(line, line - tab - 1))
+    # Where the separators are not as many on each line, some number begins behind its end.
+    ends = [*np.ascontiguousarray(separators.reshape(len(line_L), -1).T), line_L]
+    starts = [np.append(0, line_L[:-1] + 1), *(end_L + 1 for end_L in ends[:-1])]
+    return piece.end, [numbers(start_L, end_L) for start_L, end_L in zip(starts, ends, strict=True)]
 
 
 def _numbers(low: _Words, high: _Words, width: Ints | int) -> Ints:

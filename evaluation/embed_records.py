@@ -1,19 +1,19 @@
-"""Embeddings of a whole record set in one .npy file: row i is the embedding of sample i.
+"""Embeddings of all images of a set, row i that of image i; and the weights of the backbone that makes them.
 
-Legend: N samples, S samples of this rank, B batch, D components of an embedding.
+Legend: N images, B batch, D components of an embedding, W ranks, K rows that are named.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,17 +22,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backbones import IMAGE_SIZE, Backbone, build_backbone, normalise_pixels
-from data.decode import decode_image
 from data.errors import DataError
 from data.prefetch import prefetch
-from data.records import RecordSet
+from evaluation.embed_output import Output
+from evaluation.embed_sources import Source
 from sharding import shard_of
 
 _AHEAD = 2
+NAMED = 10
+"""Images that do not decode and are named."""
 
 
 class EmbedError(ValueError):
-    """Weights, settings or the output file are not as expected; one line: what was expected, found, and what to do."""
+    """Weights or settings are not as expected; one line: what was expected, found, and what to do."""
 
 
 class Embedded(NamedTuple):
@@ -42,6 +44,8 @@ class Embedded(NamedTuple):
     """Images that do not decode; their rows are zero."""
     not_finite: int
     """Images whose embedding was not finite; their rows are zero."""
+    first_bad: tuple[int, ...]
+    """Rows of the first NAMED that do not decode."""
 
 
 def load_backbone(name: str, *, embedding_size: int, weights: Path) -> Backbone:
@@ -103,80 +107,77 @@ def _refuse_compressed(weights: Path) -> None:
             raise ValueError(f"it claims {claimed} bytes, more than it has")
 
 
-def embed_records(
+def embed_all(
     backbone: Backbone,
-    records: RecordSet,
-    out: Path,
+    source: Source,
+    out: Output,
     *,
     batch_size: int,
     threads: int,
     dtype: npt.DTypeLike = np.float16,
+    raw: bool = False,
     group: dist.ProcessGroup,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Embedded:
-    """Write unit embeddings (N, D) of all samples to `out`; the file appears whole or not at all.
+    """Write the embeddings (N, D) of all images, row by row, and what says which image a row is of.
 
-    An embedding is the sum of those of the image and its mirror image, scaled to unit length, as `evaluation.embed`
-    has it. dtype: float16 or float32. Rank r embeds the samples of shard_of(r, W, N) and writes their rows into one
-    file that all ranks must reach. An image that does not decode has a row of zeros. progress: called with the number
-    of this rank's images that are done.
+    An embedding is the sum of those of the image and its mirror image, as `evaluation.embed` has it, scaled to unit
+    length unless it is to be raw. dtype: float16 or float32. Each rank embeds consecutive batches, the same batches on
+    any number of ranks. An image that does not decode has a row of zeros. progress: called with the number of this
+    rank's images that are done.
 
-    Collectives: four all-reduces of a few numbers. Raises EmbedError, on every rank alike, when the set's images have
-    another size than the backbone takes, or the file cannot be written.
+    Collectives: five all-reduces of a few numbers. Raises DataError, on every rank alike, when ranks do not see the
+    same images, or one cannot write.
     """
-    if records.image_size != IMAGE_SIZE:
-        raise EmbedError(
-            f"{records.address}: expected images of {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} pixels, property states "
-            f"{records.image_size[0]} x {records.image_size[1]}"
+    rank, device = dist.get_rank(group), next(backbone.parameters()).device
+    _refuse_others(source, group, device)
+    mine = rows_of(rank, dist.get_world_size(group), len(source), batch_size)
+    sidecars = source.sidecars() if rank == 0 else {}
+    shape = (len(source), backbone.embedding_size)
+    found = _Found()
+    with out.rows(mine, shape, np.dtype(dtype), sidecars, group) as file:
+        for rows_BD in _embedded(backbone, source, mine, batch_size, threads, np.dtype(dtype), raw, found):
+            file.write(rows_BD.tobytes())
+            progress(len(rows_BD))
+    return _together(found, group, device)
+
+
+def rows_of(rank: int, world_size: int, rows: int, batch_size: int) -> range:
+    """The rows that a rank embeds: whole batches, as even as they can be."""
+    batches = shard_of(rank, world_size, -(-rows // batch_size))
+    return range(min(rows, batches.start * batch_size), min(rows, batches.stop * batch_size))
+
+
+def _refuse_others(source: Source, group: dist.ProcessGroup, device: torch.device) -> None:
+    mine = torch.tensor([len(source), source.stamp], device=device)
+    both = torch.cat([mine, -mine])
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    if not torch.equal(both[:2], -both[2:]):
+        raise DataError(
+            f"{source.where}: expected the same images on all ranks, found others: all hosts must see one folder, and "
+            "nothing may be written to it meanwhile"
         )
+
+
+@dataclass(slots=True)
+class _Found:
+    """Of one rank. bad: rows of images that do not decode. not_finite: how many embeddings were not."""
+
+    bad: list[int] = field(default_factory=list)
+    not_finite: int = 0
+
+
+def _together(found: _Found, group: dist.ProcessGroup, device: torch.device) -> Embedded:
+    """One all-reduce: counts, and each rank's first bad rows in a place of its own."""
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    mine = shard_of(rank, world_size, records.num_samples)
-    shape = (records.num_samples, backbone.embedding_size)
-    partial = out.with_name(f".{out.name}.part")
-    counts = torch.zeros(2, dtype=torch.int64)
-    try:
-        with _on_all_ranks(group, partial):
-            if rank == 0:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                with partial.open("wb") as file:
-                    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-        with _on_all_ranks(group, partial), partial.open("r+b") as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            file.seek(mine.start * shape[1] * np.dtype(dtype).itemsize, os.SEEK_CUR)
-            counts += _write_rows(backbone, records, range(*mine), file, batch_size, threads, np.dtype(dtype), progress)
-            file.flush()
-            os.fsync(file.fileno())
-        with _on_all_ranks(group, partial):
-            if rank == 0:
-                partial.replace(out)
-    finally:
-        if rank == 0:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-    device = next(backbone.parameters()).device
-    total = counts.to(device)
+    named_WK = torch.zeros(world_size, NAMED, dtype=torch.int64)
+    first = found.bad[:NAMED]
+    named_WK[rank, : len(first)] = torch.tensor(first, dtype=torch.int64) + 1
+    counts = torch.tensor([len(found.bad), found.not_finite])
+    total = torch.cat([counts, named_WK.flatten()]).to(device)
     dist.all_reduce(total, group=group)
-    return Embedded(*total.tolist())
-
-
-@contextlib.contextmanager
-def _on_all_ranks(group: dist.ProcessGroup, path: Path) -> Iterator[None]:
-    """Where the block fails to read or write on one rank, every rank raises EmbedError. One all-reduce."""
-    failure: OSError | None = None
-    try:
-        yield
-    except OSError as error:
-        failure = error
-    failed = torch.tensor([int(failure is not None)])
-    if dist.get_backend(group) == "nccl":
-        failed = failed.cuda()
-    dist.all_reduce(failed, group=group)
-    if failure is not None:
-        raise EmbedError(f"{path}: cannot write it ({failure.strerror}): free space, or name another --out") from None
-    if int(failed):
-        raise EmbedError(f"{path}: another rank cannot write it: all hosts must reach it")
+    bad, not_finite, *named = total.tolist()
+    return Embedded(bad, not_finite, tuple(row - 1 for row in named if row)[:NAMED])
 
 
 class _Draft:
@@ -189,44 +190,46 @@ class _Draft:
         self.bad_B = np.zeros(len(samples), dtype=bool)
 
 
-def _write_rows(
+def _embedded(
     backbone: Backbone,
-    records: RecordSet,
+    source: Source,
     mine: range,
-    file: BinaryIO,
     batch_size: int,
     threads: int,
     dtype: np.dtype[np.generic],
-    progress: Callable[[int], None],
-) -> Tensor:
-    """Write the rows of this rank one behind the other; (bad, not finite), int64."""
+    raw: bool,
+    found: _Found,
+) -> Iterator[npt.NDArray[Any]]:
+    """The rows of this rank, (B, D) of a batch at a time; what is odd is added to `found`."""
     device = next(backbone.parameters()).device
 
     def decode(draft: _Draft, rows: range) -> None:
         for row in rows[: max(0, len(draft.samples) - rows.start)]:
             try:
-                decode_image(records.image(draft.samples[row])[1], IMAGE_SIZE, out=draft.pixels_BHW3[row])
+                source.decode(draft.samples[row], draft.pixels_BHW3[row])
             except DataError:
                 draft.bad_B[row] = True
 
     batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
     drafts = (_Draft(samples, pinned=device.type == "cuda") for samples in batches)
-    counts = torch.zeros(2, dtype=torch.int64)
     with contextlib.closing(prefetch(drafts, decode, rows=batch_size, threads=threads, ahead=_AHEAD)) as decoded:
         for draft in decoded:
-            x_BD, finite_B = _embed(backbone, draft.images_BHW3.to(device, non_blocking=True))
-            x_BD[draft.bad_B] = 0
-            file.write(x_BD.astype(dtype).tobytes())
-            counts += torch.tensor([draft.bad_B.sum(), (~finite_B & ~draft.bad_B).sum()])
-            progress(len(draft.samples))
-    return counts
+            rows_BD = _embed(backbone, draft.images_BHW3.to(device, non_blocking=True), dtype, raw)
+            finite_B = np.isfinite(rows_BD).all(axis=1)
+            rows_BD[draft.bad_B | ~finite_B] = 0
+            found.bad += [draft.samples[row] for row in np.flatnonzero(draft.bad_B).tolist()]
+            found.not_finite += int((~finite_B & ~draft.bad_B).sum())
+            yield rows_BD
 
 
 @torch.no_grad()
-def _embed(backbone: Backbone, images_BHW3: Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Unit embeddings (B, D), zero where one is not finite; and which are finite."""
+def _embed(backbone: Backbone, images_BHW3: Tensor, dtype: np.dtype[np.generic], raw: bool) -> npt.NDArray[Any]:
+    """Embeddings (B, D), not finite where the network's are not or `dtype` cannot hold them."""
     x_B3HW = normalise_pixels(images_BHW3.permute(0, 3, 1, 2))
     x_BD = (backbone(x_B3HW) + backbone(x_B3HW.flip(-1))).float()
-    x_BD = x_BD / x_BD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    finite_B = x_BD.isfinite().all(1)
-    return torch.where(finite_B[:, None], x_BD, 0).cpu().numpy(), finite_B.cpu().numpy()
+    if not raw:
+        length_B1 = x_BD.norm(dim=1, keepdim=True)
+        x_BD = x_BD / length_B1.clamp_min(torch.finfo(torch.float32).tiny)
+        x_BD = torch.where(length_B1.isfinite(), x_BD, torch.nan)  # what is divided by infinity is zero
+    with np.errstate(over="ignore"):
+        return np.asarray(x_BD.cpu().numpy().astype(dtype))

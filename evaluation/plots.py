@@ -1,20 +1,25 @@
 """Figures of verification: ROC with a logarithmic FAR, and the scores of both kinds of pairs.
 
 Figures are made without pyplot, so nothing global changes, no display is needed, and threads do not disturb each other.
-They suit `save_png` and TensorBoard's `add_figure` alike.
+They suit `save_png` and `drawn` alike.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from PIL import Image
 
+from data.errors import DataError
 from evaluation.roc import Floats, Roc
 from evaluation.verification import Verification
 
@@ -95,6 +100,30 @@ def score_figure(result: Verification, *, title: str) -> Figure:
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure; the folder must exist. Raises OSError."""
     figure.savefig(path, format="png", dpi=_DPI)
+
+
+def label(name: str) -> str:
+    """The name of a set or run as a picture shows it: no formula, whatever is in it."""
+    return str(DataError(name)).replace("$", r"\$")
+
+
+class Drawn(NamedTuple):
+    """A figure as it is shown."""
+
+    pixels: npt.NDArray[np.uint8]
+    """(H, W, 3), RGB."""
+    png: bytes
+
+
+def drawn(figure: Figure) -> Drawn:
+    """Draw a figure, once for both, as large as `save_png` does."""
+    figure.set_dpi(_DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    pixels = np.array(canvas.buffer_rgba(), dtype=np.uint8)[..., :3].copy()  # type: ignore[no-untyped-call]
+    made = io.BytesIO()
+    Image.fromarray(pixels).save(made, format="PNG")
+    return Drawn(pixels, made.getvalue())
 
 
 def _figure(width: float, height: float, title: str, shown: int) -> Figure:

@@ -7,13 +7,13 @@ its style and pictures in it.
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from clustering.commands.page_style import STYLE
 from clustering.findings import Copy, Duplicate, Findings, LabelState, Noise, Split
+from data.page import document, facts_list
 
 NOISE_ROWS, GROUP_ROWS, COPY_ROWS, LABEL_ROWS = 60, 25, 30, 20
 """Findings of each kind that are shown; the CSV files have all."""
@@ -92,16 +92,7 @@ def render(findings: Findings, view: View) -> str:
             shown=min(LABEL_ROWS, len(f.labels)),
         ),
     ]
-    digest = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(view.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(view.title)}</h1>\n{''.join(sections)}</body>\n</html>\n"
-    )
+    return document(view.title, "".join(sections), style=STYLE)
 
 
 def _summary(f: Findings, view: View) -> str:
@@ -122,7 +113,6 @@ def _summary(f: Findings, view: View) -> str:
         f'<a class="card" href="#{anchor}"><b>{count:,}</b> {name}<small>{about}</small></a>'
         for anchor, count, name, about in cards
     )
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in view.facts)
     warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in view.warnings)
     steps = (
         "<h2>What to do next</h2><ol><li>Look through the findings below; the worst come first.</li>"
@@ -136,7 +126,7 @@ def _summary(f: Findings, view: View) -> str:
         )
     else:
         steps += "<li>Correct your labels by these files, or report again with <code>--records</code>.</li>"
-    return f'{warnings}<div class="cards">{boxes}</div>\n<dl>{facts}</dl>\n{steps}</ol>\n'
+    return f'{warnings}<div class="cards">{boxes}</div>\n{facts_list(view.facts)}\n{steps}</ol>\n'
 
 
 def _section(anchor: str, title: str, about: str, rows: Sequence[str], total: int, *, shown: int | None = None) -> str:

@@ -9,11 +9,18 @@ from typing import Any
 from rich.console import Console
 
 from data.errors import DataError
-from evaluation.commands.results import percent, refuse_present, refuse_ranks, show, write_results
-from evaluation.plots import roc_figure
-from evaluation.runs import Run, differing, read_run
+from evaluation.commands.results import PAGE, percent, refuse_present, refuse_ranks, show, write_results
+from evaluation.page import Summary, Table
+from evaluation.plots import label, roc_figure
+from evaluation.runs import FOLDER, Run, differing, read_run
 
 _FILE = "compare.json"
+_METHOD = (
+    "Accuracy on each set: the last one, and the first of the best. A step made again after a stop counts as it was "
+    "made last.",
+    "Images per second: the median over the lines of metrics.jsonl.",
+    f"ROC curves: of runs that have the scores of `python -m evaluation verify --out` in their folder {FOLDER}/.",
+)
 
 
 def add(commands: Any) -> None:
@@ -28,7 +35,7 @@ def add(commands: Any) -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help=f"{_FILE}, and roc_<set>.png of the runs that have scores in evaluation/, from verify --out",
+        help=f"{_FILE}, {PAGE}, and roc_<set>.png of the runs that have scores in {FOLDER}/, from verify --out",
     )
     parser.add_argument("--force", action="store_true", help="replace results that are there")
     parser.set_defaults(run_alone=_run)
@@ -40,25 +47,25 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     if len(set(args.runs)) < len(args.runs):
         raise DataError(f"expected different runs, got {', '.join(map(str, args.runs))}")
     runs = [read_run(folder) for folder in args.runs]
-    show(
-        "Runs",
-        ("run", "steps", "images/s", "set", "last %", "best %", "at step"),
-        [row for run in runs for row in _rows(run)],
-    )
+    header = ("run", "steps", "images/s", "set", "last %", "best %", "at step")
+    tables = [Table("Runs", header, [row for run in runs for row in _rows(run)])]
     settings = differing(runs)
     if settings:
         rows = [(name, *("" if value is None else str(value) for value in found)) for name, found in settings.items()]
-        show("Settings that differ", ("", *(run.name for run in runs)), rows)
+        tables.append(Table("Settings that differ", ("", *(run.name for run in runs)), rows, figures=False))
+    for table in tables:
+        show(table)
     if args.out is not None:
         sets = sorted({name for run in runs for name in run.curves})
         figures = {
             f"roc_{name}.png": roc_figure(
-                {run.name: run.curves[name] for run in runs if name in run.curves}, title=name
+                {label(run.name): run.curves[name] for run in runs if name in run.curves}, title=label(name)
             )
             for name in sets
         }
         content = {"runs": [_describe(run) for run in runs], "settings": settings}
-        write_results(args.out, _FILE, content, figures=figures)
+        summary = Summary("Runs beside each other", [("runs", ", ".join(run.name for run in runs))], tables, _METHOD)
+        write_results(args.out, _FILE, content, summary, figures=figures)
 
 
 def _rows(run: Run) -> list[tuple[str, ...]]:

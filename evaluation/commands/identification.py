@@ -11,10 +11,11 @@ from rich.console import Console
 
 from data.commands.arguments import progress_on
 from data.errors import DataError
-from evaluation.commands.ijb import describe_searches, show_searches
-from evaluation.commands.results import refuse_present, refuse_ranks, write_results
+from evaluation.commands.ijb import SEARCHES, describe_searches, searches_table
+from evaluation.commands.results import PAGE, refuse_present, refuse_ranks, show, write_results
 from evaluation.distractors import among_distractors
 from evaluation.embedding_files import EmbeddingFile, read_labels
+from evaluation.page import Summary
 
 _EXAMPLE = "python -m evaluation identification facescrub.npy --labels facescrub_labels.npy --distractors megaface.npy"
 _FILE = "identification.json"
@@ -34,7 +35,7 @@ def add(commands: Any) -> None:
         "--distractor-labels", type=Path, metavar="FILE.npy", help="to see that no probe's person is among them"
     )
     parser.add_argument("--halves", action="store_true", help="a row is image, then mirror image: take their sum")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=_FILE)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"{_FILE}, {PAGE}")
     parser.add_argument("--force", action="store_true", help="replace results that are there")
     parser.set_defaults(run_alone=_run)
 
@@ -61,9 +62,12 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         found, alone = among_distractors(
             probes, label_Q, distractors, progress=lambda count: progress.advance(task, count)
         )
-    show_searches(f"{probes.rows} probes among {distractors.rows} distractors", [args.probes.stem], [found])
+    title = f"{probes.rows} probes among {distractors.rows} distractors"
+    table = searches_table(title, [args.probes.stem], [found])
     if alone:
-        print(f"{alone} probes are the only ones of their person: they count in FPIR alone")
+        note = f"{alone} probes are the only ones of their person: they count in FPIR alone"
+        table = table._replace(notes=[*table.notes, note])
+    show(table)
     if args.out is not None:
         content = {
             "probes": str(args.probes),
@@ -71,4 +75,21 @@ def _run(args: argparse.Namespace, console: Console) -> None:
             "probes_without_mate": alone,
             **describe_searches(found),
         }
-        write_results(args.out, _FILE, content)
+        facts = [("probes", args.probes), ("labels", args.labels), ("distractors", args.distractors)]
+        title = f"Identification: {args.probes.stem} among {args.distractors.stem}"
+        summary = Summary(title, [(name, str(path)) for name, path in facts], [table], _method(args))
+        write_results(args.out, _FILE, content, summary)
+
+
+def _method(args: argparse.Namespace) -> list[str]:
+    """The choices of this command line, in words."""
+    image = "the sum of the embeddings of image and mirror image" if args.halves else "the row of the file"
+    known = "that none of the probes' persons is among the distractors has been checked"
+    if args.distractor_labels is None:
+        known = "whether one of the probes' persons is among the distractors has not been checked"
+    return [
+        f"An image is {image}, scaled to length 1. Score: cosine.",
+        "Of each person, every image is the probe for every other one, which joins the distractors alone.",
+        *SEARCHES,
+        f"Searches for others are those of all probes among the distractors alone; {known}.",
+    ]

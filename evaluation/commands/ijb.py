@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from rich.console import Console
 
 from data.commands.arguments import progress_on
 from data.errors import DataError
-from evaluation.commands.results import percent, rates, refuse_present, refuse_ranks, show, write_results
+from evaluation.commands.results import PAGE, percent, rates, refuse_present, refuse_ranks, show, write_results
 from evaluation.embedding_files import EmbeddingFile
 from evaluation.identification import FPIRS, RANKS, Identification
 from evaluation.ijb import OneToOne, joined, one_to_many, one_to_one
 from evaluation.ijb_files import check_rows, read_images, read_pairs, read_persons, read_points
-from evaluation.plots import det_figure, roc_figure
+from evaluation.page import Summary, Table
+from evaluation.plots import det_figure, label, roc_figure
 from evaluation.templates import Templates, pooled
 from evaluation.verification import tar_name
 
@@ -27,6 +28,18 @@ _EXAMPLE = (
     "--detector meta/ijbc_name_5pts_score.txt"
 )
 _FILE = "ijb.json"
+_PAIRS = (
+    "1:1: cosines of all pairs in float64. TAR@FAR is the best TAR of all thresholds whose FAR is at most the rate. "
+    "Nothing is interpolated.",
+    "Nearest point: the TAR at the ROC's point whose FAR is nearest to the rate, be it above, as insightface reports.",
+)
+SEARCHES = (
+    "Rank k: the share of searches for a person who is there in which fewer than k other entries score as high as the "
+    "right one, or higher. A tie is not found.",
+    "TPIR@FPIR: the share of them in which the right entry is first and reaches the threshold, at the best threshold "
+    "that at most the rate's share of the searches for others reach.",
+)
+"""How `searches_table` counts."""
 
 
 def add(commands: Any) -> None:
@@ -49,7 +62,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--halves", action="store_true", help="a row is image, then mirror image: take their sum")
     parser.add_argument("--unit", action="store_true", help="scale images to unit length before they are pooled")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"{_FILE}, roc.png, det.png")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"{_FILE}, {PAGE}, roc.png, det.png")
     parser.add_argument("--force", action="store_true", help="replace results that are there")
     parser.set_defaults(run_alone=_run)
 
@@ -67,19 +80,57 @@ def _run(args: argparse.Namespace, console: Console) -> None:
         "templates": len(templates.ids_T),
         "pooling": {"detector": str(args.detector or ""), "halves": args.halves, "unit_images": args.unit},
     }
+    tables: list[Table] = []
     figures: dict[str, Figure] = {}
     if args.pairs is not None:
         verified = _one_to_one(templates, args)
+        tables.append(_pairs_table(verified))
+        show(tables[-1])
         content["verification"] = _describe_pairs(verified)
         if args.out is not None:
-            figures = {
-                "roc.png": roc_figure({args.pairs.stem: verified.roc}, title="ROC"),
-                "det.png": det_figure({args.pairs.stem: verified.roc}, title="DET"),
-            }
+            curve = {label(args.pairs.stem): verified.roc}
+            figures = {"roc.png": roc_figure(curve, title="ROC"), "det.png": det_figure(curve, title="DET")}
     if args.gallery:
-        content["identification"] = _one_to_many(templates, args)
+        found = _one_to_many(templates, args)
+        names = ["joined"] if args.join else [Path(name).stem for name in found]
+        tables.append(searches_table("1:N", names, found.values()))
+        show(tables[-1])
+        content["identification"] = {
+            "galleries": {name: describe_searches(result) for name, result in found.items()},
+            "mean": _mean(list(found.values())),
+        }
     if args.out is not None:
-        write_results(args.out, _FILE, content, figures=figures)
+        summary = Summary(f"IJB: {args.embeddings.name}", _facts(args, len(templates.ids_T)), tables, _method(args))
+        write_results(args.out, _FILE, content, summary, figures=figures)
+
+
+def _facts(args: argparse.Namespace, templates: int) -> list[tuple[str, str]]:
+    given = {
+        "embeddings": args.embeddings,
+        "images": args.media,
+        "detector's scores": args.detector,
+        "pairs": args.pairs,
+        "galleries": " + ".join(map(str, args.gallery)) or None,
+        "probes": args.probes,
+    }
+    return [*((name, str(value)) for name, value in given.items() if value is not None), ("templates", str(templates))]
+
+
+def _method(args: argparse.Namespace) -> list[str]:
+    """The choices of this command line, in words."""
+    image = "the sum of the embeddings of image and mirror image" if args.halves else "the row of the file"
+    length = "scaled to length 1" if args.unit else "of the length that it has"
+    weight = "times the detector's score" if args.detector is not None else "not weighted"
+    how = [
+        f"An image is {image}, {length}, {weight}. A template is the sum over its media of the mean over a medium's "
+        "images, scaled to length 1; in float64.",
+    ]
+    if args.pairs is not None:
+        how += _PAIRS
+    if args.gallery:
+        searched = "all galleries as one are searched" if args.join else "each gallery is searched by itself"
+        how += [f"1:N: {searched}, by all probes.", *SEARCHES]
+    return how
 
 
 def _templates(args: argparse.Namespace, console: Console) -> Templates:
@@ -102,9 +153,12 @@ def _templates(args: argparse.Namespace, console: Console) -> Templates:
 def _one_to_one(templates: Templates, args: argparse.Namespace) -> OneToOne:
     pairs = read_pairs(args.pairs, templates.ids_T, args.media)
     try:
-        found = one_to_one(templates, pairs)
+        return one_to_one(templates, pairs)
     except ValueError as error:
         raise DataError(f"{args.pairs}: {error}") from None
+
+
+def _pairs_table(found: OneToOne) -> Table:
     rows = [
         (
             tar_name(entry.far),
@@ -117,8 +171,7 @@ def _one_to_one(templates: Templates, args: argparse.Namespace) -> OneToOne:
     title = f"1:1: {found.roc.genuine} pairs of one person, {found.roc.impostors} of two"
     notes = [f"AUC {percent(found.roc.auc, 3)}%, EER {percent(found.roc.eer, 3)}%"]
     notes += [entry.reason for entry in found.tar_at_far if entry.reason]
-    show(title, ("", "%", "% nearest point", "threshold"), rows, notes)
-    return found
+    return Table(title, ("", "%", "% nearest point", "threshold"), rows, notes)
 
 
 def _describe_pairs(found: OneToOne) -> dict[str, Any]:
@@ -132,16 +185,13 @@ def _describe_pairs(found: OneToOne) -> dict[str, Any]:
     }
 
 
-def _one_to_many(templates: Templates, args: argparse.Namespace) -> dict[str, Any]:
+def _one_to_many(templates: Templates, args: argparse.Namespace) -> dict[str, Identification]:
+    """By the gallery's path."""
     galleries = [read_persons(path, templates.ids_T, args.media) for path in args.gallery]
     probes = read_persons(args.probes, templates.ids_T, args.media)
     if args.join:
         galleries = [joined(galleries)]
-    found = {str(gallery.path): one_to_many(templates, gallery, probes) for gallery in galleries}
-    described = {name: describe_searches(result) for name, result in found.items()}
-    names = [Path(name).stem if not args.join else "joined" for name in found]
-    show_searches("1:N", names, list(found.values()))
-    return {"galleries": described, "mean": _mean(list(found.values()))}
+    return {str(gallery.path): one_to_many(templates, gallery, probes) for gallery in galleries}
 
 
 def _mean(found: Sequence[Identification]) -> dict[str, Any]:
@@ -162,7 +212,7 @@ def describe_searches(found: Identification) -> dict[str, Any]:
     }
 
 
-def show_searches(title: str, names: Sequence[str], results: Sequence[Identification]) -> None:
+def searches_table(title: str, names: Sequence[str], results: Iterable[Identification]) -> Table:
     """A row for each, and why figures are missing."""
     header = [*("", "searches", "of others"), *(f"rank {k}" for k in RANKS), *(f"TPIR@FPIR={fpir:g}" for fpir in FPIRS)]
     rows, notes = [], []
@@ -170,4 +220,4 @@ def show_searches(title: str, names: Sequence[str], results: Sequence[Identifica
         figures = [*(result.rank[k] for k in RANKS), *(entry.tar for entry in result.tpir)]
         rows.append([name, str(result.mated), str(result.non_mated), *map(percent, figures)])
         notes += [f"{name}: {entry.reason}" for entry in result.tpir if entry.reason]
-    show(f"{title}, %", header, rows, notes)
+    return Table(f"{title}, %", header, rows, notes)

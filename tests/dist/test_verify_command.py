@@ -61,7 +61,7 @@ def test_any_number_of_ranks_writes_what_one_does(
 ) -> None:
     out = tmp_path / "out"
     assert set(ranks.run(world_size, _verified, _arguments(places, "toy", "--out", str(out)))) == {""}
-    names = {"verification.json", "scores_toy.npy", "roc.png", "det.png", "scores_toy.png"}
+    names = {"verification.json", "index.html", "scores_toy.npy", "roc.png", "det.png", "scores_toy.png"}
     assert {path.name for path in out.iterdir()} == names
     found = json.loads((out / "verification.json").read_text())["sets"]["toy"]
     assert (found["pairs"], found["genuine"], found["impostors"]) == (13, 7, 6)

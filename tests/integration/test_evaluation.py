@@ -88,7 +88,7 @@ def test_ijb_from_files_to_results(tmp_path: Path, capsys: pytest.CaptureFixture
     assert list(galleries) == [str(paths["g1"]), str(paths["g2"])]
     means = [gallery["rank"]["1"] for gallery in galleries.values()]
     assert found["identification"]["mean"]["rank"]["1"] == pytest.approx(np.mean(means))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ijb.json", "roc.png", "det.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"ijb.json", "index.html", "roc.png", "det.png"}
     assert _call(*command, *many, "--join") == 0
     assert "there are none" in capsys.readouterr().out
     for arguments, match in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,15 @@ from data.digits import MOST_DIGITS, pairs_of
 
 KEYS = st.integers(0, 2**31 - 1)
 OFFSETS = st.integers(0, 10**MOST_DIGITS - 1)
+FEW = digits._FEW
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few() -> Iterator[None]:
+    """Lines of one shape are read as such in short texts too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "_FEW", 64)
+        yield
 
 
 @pytest.fixture
@@ -52,6 +62,13 @@ def test_an_index_in_pieces_whose_lines_grow(path: Path, monkeypatch: pytest.Mon
     _check(path, pairs)
     path.write_text("".join(f"{key}\t{offset}\n" for key, offset in reversed(pairs)))
     _check(path, pairs[::-1])
+
+
+def test_a_long_index(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digits, "_FEW", FEW)
+    pairs = [(key, 9_000_000 + 4321 * key) for key in range(1, 20000)]
+    path.write_text("".join(f"{key}\t{offset}\n" for key, offset in pairs))
+    _check(path, pairs)
 
 
 def test_an_empty_file(path: Path) -> None:
