@@ -15,6 +15,8 @@ from configs.checks import ConfigError, require
 from configs.data import DataConfig
 from configs.guard import GuardConfig
 from configs.head import HeadConfig
+from configs.monitor import MonitorConfig
+from configs.showing import ProfileConfig, TensorBoardConfig
 
 __all__ = [
     "AugmentConfig",
@@ -25,8 +27,11 @@ __all__ = [
     "GuardConfig",
     "HeadConfig",
     "ModelConfig",
+    "MonitorConfig",
     "OptimConfig",
+    "ProfileConfig",
     "RunConfig",
+    "TensorBoardConfig",
     "TrainConfig",
 ]
 
@@ -36,13 +41,20 @@ class ModelConfig:
     """The network that turns a face into an embedding."""
 
     backbone: str = "iresnet50"
-    """A name of `backbones.names()`."""
+    """A name of `backbones.names()`, or timm/ and a name of timm's, such as timm/convnext_tiny (docs/backbones.md)."""
     embedding_size: int = 512
     """D, components of an embedding."""
+    recompute: float = 0.0
+    """Activation checkpointing: share of the backbone's blocks, from the first on, that keep only their input in
+    training; backward computes the rest of them again. Less memory, more time, the same gradients."""
+    compile: bool = False
+    """Train the backbone through torch.compile. It takes a minute or so to begin with, needs a C++ compiler, and gave
+    the training step nothing on an H100 (docs/backbones.md)."""
 
     def __post_init__(self) -> None:
         require(bool(self.backbone), "model.backbone", self.backbone, "a name of backbones.names()")
         require(self.embedding_size >= 2, "model.embedding_size", self.embedding_size, "at least 2")
+        require(0 <= self.recompute <= 1, "model.recompute", self.recompute, "0 to 1, a share of the blocks")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,6 +305,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         catch_up = self.head.missed_steps == "catch_up"

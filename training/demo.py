@@ -20,10 +20,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from data.contact_sheet import Pixels, contact_sheet, write_png
-from data.decode import decode_image
+from clustering.class_report import ClassReport
+from data.contact_sheet import Pixels, write_png
 from data.records import RecordSet
 from data.synthetic import SyntheticFaces
+from training.gallery import class_sheet
 
 _ROOT = Path(__file__).parents[1]
 _RANKS = 2
@@ -59,8 +60,9 @@ def run(folder: Path, size: Size, console: Console) -> None:
     console.rule("3/3  what came of it")
     classes = json.loads((trained / "classes.json").read_text(encoding="utf-8"))
     records = RecordSet.open(data)
-    write_png(trained / "classes.png", _sheet(records, classes, 8))
-    few = (_sheet(records, classes[:3], 5), _sheet(records, classes[-3:], 5))
+    rows = [ClassReport(**row) for row in classes]
+    write_png(trained / "classes.png", class_sheet(records, rows, 8))
+    few = (class_sheet(records, rows[:3], 5), class_sheet(records, rows[-3:], 5))
     _picture(trained / "roc_verification.png", *few).save(trained / "demo.jpg", quality=88)
     console.print(_table(trained, classes, time.perf_counter() - started))
     board = shlex.join([str(Path(sys.executable).with_name("tensorboard")), "--logdir", str(trained / "tensorboard")])
@@ -116,16 +118,6 @@ def _train(data: Path, trained: Path, size: Size) -> None:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _sheet(records: RecordSet, classes: list[dict[str, Any]], images: int) -> Pixels:
-    """A row for each class, its caption above it, from the records themselves."""
-    rows, captions = [], []
-    for row in classes:
-        samples = np.flatnonzero(records.labels == row["label"])[:images]
-        rows.append([decode_image(records.image(int(sample))[1], records.image_size) for sample in samples])
-        captions.append(f"class {row['label']}: hard level {row['hard_level']:.2f}, margin {row['margin']:.3f}")
-    return contact_sheet(rows, captions=captions)
 
 
 def _picture(roc: Path, easiest: Pixels, hardest: Pixels) -> Image.Image:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import GradBucket, HashStore, Store, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
-from backbones import IMAGE_SIZE
+from backbones import IMAGE_SIZE, Backbone
 from configs.schema import ConfigError, TrainConfig
 from training.lost import says_a_rank_is_lost
 from training.meeting import MeetingError, meet
@@ -202,14 +202,17 @@ def _sum_gradients(group: dist.ProcessGroup, bucket: GradBucket) -> torch.future
     return future.then(lambda done: done.value()[0])
 
 
-def data_parallel(backbone: nn.Module, ranks: Ranks) -> DistributedDataParallel:
+def data_parallel(backbone: Backbone, ranks: Ranks, *, compiled: bool = False) -> DistributedDataParallel:
     """The backbone on all ranks, its gradients *summed* over them.
 
     DDP averages by default. The losses here are means over the global batch and hand every rank the gradient
     of that global mean, so the sum is the gradient, and no hidden factor of the world size is needed anywhere.
     Buffers (BatchNorm statistics) follow rank 0. Weights become channels last in memory. Runs a forward and a
-    backward pass on two black images, with their collectives.
+    backward pass on two black images, with their collectives. compiled: from then on, training runs its body through
+    torch.compile; raises ConfigError where that does not work.
     """
+    if compiled:
+        _try_compiler(ranks.device)
     # As images come; gradients then have the layout of their buckets.
     backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = DistributedDataParallel(
@@ -221,7 +224,20 @@ def data_parallel(backbone: nn.Module, ranks: Ranks) -> DistributedDataParallel:
     # DDP refuses a hook whose annotations are text, as those of this file are; a lambda has none.
     model.register_comm_hook(ranks.group, lambda group, bucket: _sum_gradients(group, bucket))  # noqa: PLW0108
     _settle_buckets(model, ranks.device)
+    if compiled:  # not before: nobody waits for a program for two images
+        backbone.compile_body()
     return model
+
+
+def _try_compiler(device: torch.device) -> None:
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # what may be missing is of many kinds
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"model.compile: expected a torch.compile that works on {device.type}, got {said:.200}: install a C++ "
+            "compiler (g++), or set it to false"
+        ) from None
 
 
 def _settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:

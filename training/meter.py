@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from clustering.service import ClusterService
 from configs.schema import ClusteringConfig, RunConfig
 from partial_fc.collectives import all_reduce_
 from training.distributed import Ranks
+from training.memory import memory_in_use
 from training.metrics import HISTOGRAM_BINS, RunLog, count_histogram
 from training.step import StepValues
 from training.timing import Stopwatch
@@ -55,7 +55,7 @@ class Meter:
         """Of the steps that were not skipped; the last place counts them."""
         self._one = torch.ones((), device=ranks.device)
         self._unusable = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        self.data_wait = Stopwatch(torch.device("cpu"))
+        self.data_wait = Stopwatch(torch.device("cpu"), "data")
         self._steps = 0
         self._since = time.perf_counter()
 
@@ -80,31 +80,43 @@ class Meter:
         """Rows without a label since the epoch began: a float64 scalar on the device, equal on all ranks."""
         return self._unusable
 
-    def take(self, head_time: Stopwatch, cluster_time: Stopwatch, global_batch: int) -> dict[str, float]:
+    def take(self, stopwatches: Mapping[str, Stopwatch], global_batch: int) -> dict[str, float]:
         """Scalars by their TensorBoard names, means over the steps since the last call; then start again.
 
-        Losses and norms are of the steps that were not skipped, nan when all were.
-        Times are those of the slowest rank. One all-reduce; waits for the GPU.
+        stopwatches: parts of the step by name. Losses and norms are of the steps that were not skipped, nan when all
+        were. Each time and each figure of memory is that of the rank with the largest; but for communication, which
+        ranks that come early wait in: the smallest says what the wire takes, and the rank that it is of is the one
+        that the others wait for. One all-reduce of some numbers a rank; waits for the GPU.
         """
         *means, _ = (self._sums / self._sums[-1]).tolist()
-        seconds = torch.tensor(
-            [time.perf_counter() - self._since, self.data_wait.take(), head_time.take(), cluster_time.take()],
-            dtype=torch.float64,
-            device=self._ranks.device,
-        )
-        elapsed, wait, head, cluster = all_reduce_(seconds, self._ranks.group, dist.ReduceOp.MAX).tolist()
-        rate = global_batch * self._steps / elapsed
+        own = {"step": time.perf_counter() - self._since, "data_wait": self.data_wait.take()}
+        own |= {name: watch.take() for name, watch in stopwatches.items()}
+        memory = memory_in_use(self._ranks.device)
+        largest, waits = self._over_ranks({**own, **memory}, "communication")
+        rate = global_batch * self._steps / largest["step"]
         values = dict(zip(_NAMES, means, strict=True))
         values |= {
             "throughput/images_per_second": rate,
             "throughput/images_per_second_per_rank": rate / self._ranks.world_size,
-            "time/step_ms": 1000 * elapsed / self._steps,
-            "time/data_wait_ms": 1000 * wait / self._steps,
-            "time/head_ms": 1000 * head / self._steps,
-            "time/cluster_ms": 1000 * cluster / self._steps,
             "data/images_that_did_not_decode": self._unusable.item(),
         }
+        values |= {name: largest[name] for name in memory}
+        values |= {f"time/{name}_ms": 1000 * largest[name] / self._steps for name in own if name != "communication"}
+        if self._ranks.world_size > 1:
+            values |= {
+                "time/communication_ms": 1000 * min(waits) / self._steps,
+                "ranks/wait_ms": 1000 * (max(waits) - min(waits)) / self._steps,
+                "ranks/slowest": float(waits.index(min(waits))),
+            }
         self._sums.zero_()
         self._steps = 0
         self._since = time.perf_counter()
         return values
+
+    def _over_ranks(self, own: Mapping[str, float], each: str) -> tuple[dict[str, float], list[float]]:
+        """The largest of all ranks' values by name, and those called `each` in rank order. One all-reduce."""
+        table_WV = torch.zeros(self._ranks.world_size, len(own), dtype=torch.float64, device=self._ranks.device)
+        table_WV[self._ranks.rank] = torch.tensor(list(own.values()), dtype=torch.float64)
+        columns = zip(*all_reduce_(table_WV, self._ranks.group).tolist(), strict=True)
+        by_name = dict(zip(own, columns, strict=True))
+        return {name: max(column) for name, column in by_name.items()}, list(by_name[each])

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from data.contact_sheet import Pixels
+from training.layout import Layout
+from training.sinks import Sinks
 
 HISTOGRAM_BINS = 64
 
@@ -36,8 +44,20 @@ class RunLog:
     again with the next lines, and what was not written meanwhile is missing.
     """
 
-    def __init__(self, output: Path, *, active: bool, total_steps: int, first_step: int) -> None:
-        self.active = active
+    def __init__(
+        self,
+        output: Path,
+        *,
+        active: bool,
+        total_steps: int,
+        first_step: int,
+        layout: Layout | None = None,
+        sinks: Sinks | None = None,
+    ) -> None:
+        """layout: of TensorBoard's page of custom scalars; None: it has no such page. sinks: other places, which are
+        told scalars and curves; who gives them starts them, `close` ends them.
+        """
+        self.active, self._layout, self._sinks = active, layout, sinks or Sinks()
         self._total = total_steps
         self._console = Console(stderr=True)
         self._output, self._failing = output, set[str]()
@@ -60,11 +80,13 @@ class RunLog:
             self._progress.start()
             self._progress.add_task("starting", total=total_steps, completed=first_step)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        """failed: the training ended by an error; one that is on its way is seen."""
         if self._progress is not None:
             self._progress.stop()
         if self._writer is not None:
             self.attempt("tensorboard", self._writer.close)
+        self._sinks.close(failed=failed or sys.exc_info()[0] is not None)
 
     def attempt(self, what: str, write: Callable[[], None]) -> bool:
         """Write something, and say it if that is not possible: whether it was."""
@@ -89,6 +111,8 @@ class RunLog:
             if self._writer is None:
                 self._writer = SummaryWriter(str(self._output / "tensorboard"), purge_step=self._purge)
                 self._purge = None
+                if self._layout is not None:
+                    self._writer.add_custom_scalars(self._layout)
             write(self._writer)
 
         if not self.attempt("tensorboard", attempt):
@@ -97,7 +121,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line for the person who watches."""
         if self.active:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def text(self, tag: str, text: str) -> None:
         self._events(lambda writer: writer.add_text(tag, text))
@@ -118,6 +142,7 @@ class RunLog:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan
         record = {"step": step, "time": round(time.time(), 3), **finite}
         self.attempt("metrics.jsonl", lambda: append_line(self._output / "metrics.jsonl", json.dumps(record)))
+        self._sinks.scalars(step, values)
         if headline is not None and self._progress is not None:
             self._progress.update(self._progress.task_ids[0], description=headline)
         elif headline is not None:
@@ -135,8 +160,22 @@ class RunLog:
             )
         )
 
-    def figure(self, step: int, tag: str, figure: Any) -> None:
-        self._events(lambda writer: writer.add_figure(tag, figure, step))
+    def image(self, step: int, tag: str, picture: Pixels, *, elsewhere: bool = False) -> None:
+        """picture: uint8 (H, W, 3), RGB. elsewhere: at other places too, as no face is in it."""
+        self._events(lambda writer: writer.add_image(tag, picture, step, dataformats="HWC"))
+        if elsewhere:
+            self._sinks.picture(step, tag, picture)
+
+    def embedding(
+        self, step: int, x_ND: npt.NDArray[Any], labels: Sequence[object], tag: str, pictures_N3HW: Tensor
+    ) -> None:
+        """Points of the embedding projector. labels: one for each. pictures_N3HW: square ones, 0 … 1."""
+
+        def write(writer: SummaryWriter) -> None:
+            with contextlib.redirect_stdout(io.StringIO()):  # of a folder that is there: a finished run, run again
+                writer.add_embedding(x_ND, list(labels), pictures_N3HW, step, tag)
+
+        self._events(write)
 
 
 def count_histogram(values: Tensor, low: float, high: float) -> Tensor:

@@ -78,9 +78,20 @@ class TrainStep:
     ) -> None:
         self.backbone, self.head, self.service, self.optimizers = backbone, head, service, optimizers
         self.config, self.device = config, device
-        self.head_time, self.cluster_time = Stopwatch(device), Stopwatch(device)
+        self.backbone_time, self.head_time = Stopwatch(device, "backbone"), Stopwatch(device, "head")
+        self.cluster_time, self.communication_time = Stopwatch(device, "clusters"), Stopwatch(device, "communication")
         self.loss_scale = LossScale(device) if config.train.precision == "fp16" else None
         self._undo = Undo([backbone.module, head])
+
+    @property
+    def stopwatches(self) -> dict[str, Stopwatch]:
+        """Parts of the step by their names in the log. communication is within head."""
+        return {
+            "backbone": self.backbone_time,
+            "head": self.head_time,
+            "cluster": self.cluster_time,
+            "communication": self.communication_time,
+        }
 
     def __call__(self, batches: Sequence[Batch], *, step: int, lr: float) -> StepValues:
         """Optimizer step number `step` on `batches`, one for each round of accumulation.
@@ -162,12 +173,14 @@ class TrainStep:
 
     def _accumulate(self, micro: Batch, step: int, share: float) -> tuple[Tensor, GatheredBatch]:
         dtype = _AUTOCAST.get(self.config.train.precision)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with self.backbone_time, torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             embedding_BD = self.backbone(normalise_pixels(micro.images))
 
         with self.head_time:
             leaf_BD = embedding_BD.detach().float().requires_grad_()
-            batch = self.head.gather(leaf_BD, micro.labels, micro.sample_ids)
+            with self.communication_time:
+                batch = self.head.gather(leaf_BD, micro.labels, micro.sample_ids)
+            batch.x_ND.register_hook(lambda _: self.communication_time.start())  # of the reduce-scatter
             contrastive = alignment = torch.zeros((), device=self.device)
             if self.service is None:
                 total = margin = self.head(batch, step=step)
@@ -186,10 +199,12 @@ class TrainStep:
                     alignment = self.service.alignment(batch, self.head.weight)
                     total = margin + ramp * (c.contrastive_weight * contrastive + c.alignment_weight * alignment)
             (total * share).backward()
+            self.communication_time.stop()
         gradient_BD = leaf_BD.grad
         if self.loss_scale is not None and gradient_BD is not None:
             gradient_BD = gradient_BD * self.loss_scale.factor
-        embedding_BD.backward(gradient_BD)
+        with self.backbone_time:
+            embedding_BD.backward(gradient_BD)
         unusable = (batch.labels_N < 0).sum()
         values = torch.stack([t.detach().float() for t in (total, margin, contrastive, alignment, unusable)])
         return values, batch

@@ -16,17 +16,21 @@ from data.batch import Batch
 from data.loader import build_loader
 from partial_fc.head import PartialFCHead
 from training.agreement import facts_of, open_same_records
+from training.board import Board
 from training.checkpoint import Saved
 from training.checkpointing import RunCheckpoints
 from training.checks import make_writable, steps_of
 from training.distributed import Ranks, data_parallel
 from training.errors import TrainingError
+from training.flops import Work
 from training.guard import Guard, RollBack
+from training.layout import layout
 from training.meter import Meter, cluster_advice, cluster_histograms
 from training.metrics import RunLog
 from training.optim import build_optimizers, learning_rate
 from training.results import introduce, write_results
 from training.run_state import RunState
+from training.sinks import Sinks, build_sinks
 from training.step import TrainStep
 from training.stopping import Signals, Stopped, StopRequest
 from training.timing import Stopwatch
@@ -42,6 +46,7 @@ class Trainer:
         self.batch_size, self.accumulation = train.share(ranks.world_size)
         self.output = Path(train.output)
         make_writable(self.output, ranks.rank)
+        self.sinks = build_sinks(config.monitor, lambda line: self.log.say(line)) if ranks.is_main else Sinks()  # noqa: PLW0108
         self.records, labels = open_same_records(config.data, ranks)
         self.loader = build_loader(
             self.records,
@@ -64,11 +69,12 @@ class Trainer:
         self.global_batch = self.batch_size * self.accumulation * ranks.world_size
         torch.manual_seed(train.seed)  # the same weights on all ranks
         try:
-            backbone = build_backbone(config.model.backbone, embedding_size=config.model.embedding_size)
+            model = config.model
+            backbone = build_backbone(model.backbone, embedding_size=model.embedding_size, recompute=model.recompute)
         except ValueError as error:
             raise ConfigError(f"model.backbone: {error}") from None
         torch.manual_seed(train.seed + 1 + ranks.rank)  # dropout and the like differ
-        self.backbone = data_parallel(backbone.to(ranks.device), ranks)
+        self.backbone = data_parallel(backbone.to(ranks.device), ranks, compiled=model.compile)
         bf16_products = train.precision == "bf16" and ranks.device.type == "cuda"  # CPUs would only emulate them
         self.product_dtype = torch.bfloat16 if bf16_products else torch.float32
         self.head = PartialFCHead(
@@ -105,9 +111,13 @@ class Trainer:
         )
         self.step, self._evaluated, self._checked, self._advised = 0, -1, -1, False
         self.meter = Meter(ranks)
+        self.work = Work.of(self.backbone.module, config, num_classes=self.records.num_classes, device=ranks.device)
+        cuda, rates = ranks.device.type == "cuda", self.work.rates(0)
+        self.layout = layout(config, ranks=ranks.world_size, cuda=cuda, rates=rates)
         trained = [name for name, p in self.backbone.module.named_parameters() if p.requires_grad]
         self.guard = Guard(config.guard, parameters=trained, ranks=ranks, say=lambda line: self.log.say(line))  # noqa: PLW0108
         self._start()
+        self.board = Board(config, self.records, self.service, ranks, self.output)
 
     def _build_service(self) -> ClusterService:
         return ClusterService(
@@ -182,10 +192,14 @@ class Trainer:
         self._stop = StopRequest(self.ranks, signals)
         train = self.config.train
         last = min(self.total_steps, train.stop_after_steps or self.total_steps)
-        self.log = RunLog(self.output, active=self.ranks.is_main, total_steps=self.total_steps, first_step=self.step)
-        self.ranks.monitor.closing.append(self.log.close)
+        main, total = self.ranks.is_main, self.total_steps
+        self.log = RunLog(
+            self.output, active=main, total_steps=total, first_step=self.step, layout=self.layout, sinks=self.sinks
+        )
+        self.ranks.monitor.closing.append(lambda: self.log.close(failed=True))
         try:
             introduce(self.log, self.config, self.records, self.ranks, self.output)
+            self.sinks.start(self.config, self.output, resumed=self.step > 0)
             self.log.say(
                 f"{self.loader.backend} loader, {self.global_batch} images a step, {self.steps_per_epoch} steps an "
                 f"epoch, {self.total_steps} in all" + (f"; resumed at step {self.step}" if self.step else "")
@@ -204,6 +218,8 @@ class Trainer:
             self.log.say(f"stopped{by} after {self.step} of {self.total_steps} steps; the same command goes on")
             return stopped
         finally:
+            self.verification.close()
+            self.board.close(self.step, self.log)
             self.log.close()
             self.loader.close()
             self.records.close()
@@ -240,6 +256,7 @@ class Trainer:
                 self.meter.add(values)
                 self.log.moved(self.step)
                 self._after_step(last)
+                self.board.after_step(self.step, self.log)
                 self._stop.check()
 
     def _after_step(self, last: int) -> None:
@@ -294,10 +311,14 @@ class Trainer:
 
     def _report(self) -> None:
         """Log the means since the last report; stop, on all ranks alike, when going on makes no sense."""
-        values = self.meter.take(self.train_step.head_time, self.train_step.cluster_time, self.global_batch)
+        values = self.meter.take(self.train_step.stopwatches, self.global_batch)
+        values |= self.work.rates(values["throughput/images_per_second_per_rank"])
         values["optim/learning_rate"] = self._learning_rate()
+        if self.train_step.loss_scale is not None:
+            values["optim/loss_scale"] = self.train_step.loss_scale.factor.item()
         values |= self.guard.statistics()
         self.checkpoints.listen(self.log)
+        self.verification.show()
         values |= self.checkpoints.statistics()
         if self.service is not None:
             values |= self.service.statistics(self.step)
@@ -316,6 +337,7 @@ class Trainer:
 
     def _finish(self) -> None:
         self._evaluate()
+        self.board.finish(self.backbone.module, self.step, self.log)
         hardest = None if self.service is None else self.service.easiest_and_hardest(5)
         if self.ranks.is_main:
             write_results(self.output, self.backbone.module, hardest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +20,15 @@ from data.errors import DataError
 from data.records import RecordSet
 from data.verification_bin import VerificationSet
 from evaluation.pairs import PairEmbeddings, embed_pairs, read_pairs
-from evaluation.plots import save_png, verification_figure
+from evaluation.plots import Drawn, drawn, label, verification_figure
 from training.distributed import Ranks
+from training.drawing import Drawing
 from training.errors import TrainingError
 from training.metrics import RunLog, append_line
 from training.stopping import StopRequest
+
+_PATIENCE_S = 10.0
+"""For the last pictures: a signal leaves half a minute."""
 
 
 class _Set(NamedTuple):
@@ -45,14 +50,15 @@ class Verification:
         self._batch_size, self._bf16 = config.eval.batch_size, config.train.precision == "bf16"
         self._ranks = ranks
         self._shown: dict[str, dict[str, pairs_of_faces.Verification]] = {}
+        self._drawing = Drawing()
 
     def run(self, backbone: Backbone, step: int, log: RunLog, output: Path, stop: StopRequest) -> float | None:
         """Evaluate after `step` optimizer steps; every rank takes part, rank 0 logs: mean accuracy of the sets, there.
 
-        Writes a line for each set to verification.jsonl, its figures to TensorBoard, and roc_<set>.png, which shows
-        the first evaluation of this process beside the newest. Collectives: one broadcast of the BatchNorm
-        statistics, one all-gather of embeddings for each set. Raises TrainingError, on all ranks, when embeddings are
-        not finite, and Stopped when all ranks are to stop, amid a set too.
+        Writes a line for each set to verification.jsonl and its figures to TensorBoard. A thread draws roc_<set>.png,
+        which shows the first evaluation of this process beside the newest: `show` hands it over. Collectives: one
+        broadcast of the BatchNorm statistics, one all-gather of embeddings for each set. Raises TrainingError, on all
+        ranks, when embeddings are not finite, and Stopped when all ranks are to stop, amid a set too.
         """
         if not self._sets:
             return None
@@ -70,6 +76,14 @@ class Verification:
                 accuracies.append(result.accuracy)
                 self._tell(name, result, step, log, output)
         return statistics.fmean(accuracies) if accuracies else None
+
+    def show(self) -> None:
+        """Write and log the pictures that are drawn."""
+        self._drawing.show()
+
+    def close(self) -> None:
+        """The run ends: the last pictures, if they are drawn in some seconds."""
+        self._drawing.close(within=_PATIENCE_S)
 
     def _embed(self, backbone: Backbone, name: str, pairs: VerificationSet, stop: StopRequest) -> PairEmbeddings:
         group, size = self._ranks.group, self._batch_size
@@ -92,11 +106,20 @@ class Verification:
         shown = self._shown.setdefault(name, {})
         title = "untrained" if step == 0 else f"step {step}"
         self._shown[name] = dict([*list(shown.items())[:1], (title, result)])
-        figure = verification_figure(self._shown[name], title=f"{name}: {len(result.same_P)} pairs")
-        log.attempt(f"roc_{name}.png", lambda: save_png(figure, output / f"roc_{name}.png"))
-        log.figure(step, f"verification/{name}", figure)
+        results, heading = self._shown[name], f"{label(name)}: {len(result.same_P)} pairs"
+
+        def show(picture: Callable[[], Drawn]) -> None:
+            if log.attempt(path.name, lambda: _write(path, picture().png)):
+                log.image(step, f"verification/{name}", picture().pixels, elsewhere=True)
+
+        path = output / f"roc_{name}.png"
+        self._drawing.begin(lambda: drawn(verification_figure(results, title=heading)), show)
         tars = ", ".join(f"{key} {100 * value:.1f}%" for key, value in values.items() if key.startswith("tar"))
         log.say(f"step {step}: {name} accuracy {100 * result.accuracy:.2f}% ± {100 * result.accuracy_std:.2f}%, {tars}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def share_statistics(backbone: torch.nn.Module, group: dist.ProcessGroup) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from backbones import Backbone
+from configs.monitor import MonitorConfig
 from configs.schema import ConfigError, ModelConfig, RunConfig
 from data.errors import DataError
 from sharding import Rows
@@ -80,7 +81,8 @@ def write_start(
         global_batch=train.global_batch or train.batch_size * train.accumulation * ranks,
     )
     train.share(ranks)
-    config = dataclasses.replace(config, train=here, data=dataclasses.replace(config.data, backend="cpu"))
+    local = dataclasses.replace(config.data, backend="cpu")
+    config = dataclasses.replace(config, train=here, data=local, monitor=MonitorConfig())
     with open_ranks(dataclasses.replace(here, device="cpu")) as alone:
         if alone.world_size > 1:
             raise ConfigError(f"expected one process, got {alone.world_size}: start this without torchrun")

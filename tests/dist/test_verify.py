@@ -53,6 +53,7 @@ def _evaluate(group: dist.ProcessGroup, folder: Path, poison: bool) -> str:
         verification = Verification(config, _Records(folder), ranks)  # type: ignore[arg-type]
         verification.run(backbone, 0, log, output, StopRequest(verification._ranks, Signals()))
         verification.run(backbone, 5, log, output, StopRequest(verification._ranks, Signals()))
+        verification.close()
     except TrainingError as error:
         return str(error)
     finally:

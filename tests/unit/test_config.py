@@ -135,6 +135,14 @@ def test_a_single_name_is_a_list_of_one() -> None:
         ("data.backend=mxnet", "data.backend: expected auto, dali or cpu, got 'mxnet'"),
         ("data.sampler=random", "data.sampler: expected shuffle, windows, balanced or identities, got 'random'"),
         ("data.images_per_identity=1", "data.images_per_identity: expected at least 2, got 1"),
+        ("tensorboard.sheet_classes=-1", "tensorboard.sheet_classes: expected 0 (none) to 50, got -1"),
+        ("tensorboard.projector_images=1e9", "tensorboard.projector_images: expected a whole number, got"),
+        ("tensorboard.projector_images=10001", "tensorboard.projector_images: expected 0 (none) to 10000, got 10001"),
+        ("profile.steps=-1", "profile.steps: expected 0 (none) to 1000, got -1"),
+        ("profile.steps=20:30", "profile.steps: expected 0 (none) to 1000, got 1230"),
+        ("profile.after=1", "profile.after: expected at least 2, got 1"),
+        ("profile.all_ranks=yep", "profile.all_ranks: expected true or false, got 'yep'"),
+        ("profile.step=3", "profile.step: unknown setting; did you mean profile.steps?"),
         ("eval.sets=[1]", "eval.sets: expected a list of names, got [1]"),
         ("eval.sets={a", "not valid YAML"),
         ("model.backbone=null", "model.backbone: expected text, in quotes where"),
@@ -196,7 +204,8 @@ def test_every_field_has_a_docstring_or_a_plain_name() -> None:
         "name",
         "batch_size",
     }
-    files = ("configs/guard.py", "configs/head.py", "configs/augment.py", "configs/data.py", "configs/schema.py")
+    files = ("configs/guard.py", "configs/head.py", "configs/augment.py", "configs/data.py", "configs/schema.py",
+             "configs/monitor.py", "configs/showing.py")  # fmt: skip
     source = "".join((ROOT / name).read_text() for name in files)
     for section in dataclasses.fields(RunConfig):
         for field in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]

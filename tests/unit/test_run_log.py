@@ -6,15 +6,19 @@ import contextlib
 import io
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import training.metrics
+from data.contact_sheet import Pixels
 from training.metrics import HISTOGRAM_BINS, RunLog, append_line, count_histogram
+from training.sinks import Sinks
 
 
 def _log(output: Path, first_step: int = 0, *, active: bool = True) -> RunLog:
@@ -125,3 +129,41 @@ def test_a_line_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
     append_line(path, '{"step": 2}')
     append_line(path, '{"step": 3}')
     assert path.read_text().splitlines() == ['{"step": 1}', '{"st', '{"step": 2}', '{"step": 3}']
+
+
+class _Sinks(Sinks):
+    """What is told to other places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[object] = []
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self.told.append((step, dict(values)))
+
+    def picture(self, step: int, tag: str, picture: Pixels) -> None:
+        self.told.append((step, tag))
+
+    def close(self, *, failed: bool = False) -> None:
+        self.told.append("failed" if failed else "closed")
+
+
+def test_other_places_get_scalars_curves_and_how_it_ended_but_no_faces(tmp_path: Path) -> None:
+    sinks, picture = _Sinks(), np.zeros((4, 5, 3), dtype=np.uint8)
+    log = RunLog(tmp_path, active=True, total_steps=40, first_step=0, sinks=sinks)
+    log.scalars(3, {"loss/total": 1.0})
+    log.image(3, "clusters/hardest", picture)
+    log.image(3, "verification/lfw", picture, elsewhere=True)
+    log.close()
+    log.close(failed=True)
+    with contextlib.suppress(ValueError):
+        try:
+            raise ValueError
+        finally:
+            log.close()  # as the trainer does
+    assert sinks.told == [(3, {"loss/total": 1.0}), (3, "verification/lfw"), "closed", "failed", "failed"]
+
+
+def test_lines_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _log(tmp_path).say("[Errno 111] [red] [/nothing] \\[")
+    assert capsys.readouterr().err == "[Errno 111] [red] [/nothing] \\[\n"

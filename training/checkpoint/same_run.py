@@ -15,6 +15,9 @@ _FREE_TO_CHANGE = {
     "eval": {"sets", "every_epochs", "batch_size"},
     "head": {"impl"},
     "clustering": {"step_budget", "block", "start"},
+    "tensorboard": {"sheet_classes", "projector_images"},
+    "profile": {"steps", "after", "all_ranks"},
+    "monitor": {"wandb_project", "mlflow_uri", "mlflow_experiment", "prometheus_port", "prometheus_address"},
     "guard": {"skips_to_roll_back", "rollback_lr", "max_rollbacks", "spike_deviations"},
 }  # fmt: skip
 

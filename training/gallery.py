@@ -1,0 +1,103 @@
+"""Pictures of classes: contact sheets of the hardest and the easiest, drawn from the records beside the training."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from clustering.class_report import ClassReport
+from clustering.service import ClusterService
+from data.contact_sheet import Pixels, contact_sheet
+from data.decode import decode_image
+from data.errors import DataError
+from data.records import RecordSet
+from training.distributed import Ranks
+from training.metrics import RunLog
+
+_IMAGES = 8
+"""Of a class, on a sheet."""
+_MISSING = 128
+"""Grey in the place of an image that cannot be read."""
+_PATIENCE_S = 10.0
+"""Seconds that the end of a run waits for a sheet: a store far away may not answer."""
+
+
+def class_sheet(records: RecordSet, classes: Sequence[ClassReport], images: int) -> Pixels:
+    """A row of `images` images for each class, its caption above it, RGB uint8. One that cannot be read is grey."""
+    rows, captions = [], []
+    for row in classes:
+        samples = np.flatnonzero(records.labels == row.label)[:images]
+        rows.append([_image(records, int(sample)) for sample in samples])
+        captions.append(f"class {row.label}: hard level {row.hard_level:.2f}, margin {row.margin:.3f}")
+    return contact_sheet(rows, captions=captions)
+
+
+def _image(records: RecordSet, sample: int) -> Pixels:
+    try:
+        return decode_image(records.image(sample)[1], records.image_size)
+    except DataError:
+        return np.full((*records.image_size, 3), _MISSING, np.uint8)
+
+
+class _Sheets(NamedTuple):
+    step: int
+    hardest: Pixels
+    easiest: Pixels
+
+
+class Gallery:
+    """Gives TensorBoard `clusters/hardest` and `clusters/easiest` of each version of the clusters.
+
+    Images are read and drawn in a thread of rank 0, and training goes on meanwhile; nothing in it can end a run.
+    """
+
+    def __init__(self, records: RecordSet, service: ClusterService | None, ranks: Ranks, *, classes: int) -> None:
+        """classes: on a sheet; 0: no sheets. A version that is there already has been shown."""
+        self._records, self._ranks, self._classes = records, ranks, classes
+        self._service = service if classes else None
+        self._shown = 0 if service is None else service.version
+        self._thread: threading.Thread | None = None
+        self._sheets: _Sheets | None = None
+        self._error = ""
+
+    def after_step(self, step: int, log: RunLog) -> None:
+        """Have the sheets of a new version drawn, and log those that are. One all-reduce where there is a new one."""
+        if self._service is None:
+            return
+        if self._thread is not None and not self._thread.is_alive():
+            self._tell(log)
+        if self._service.version == self._shown:
+            return
+        self._shown = self._service.version
+        classes = self._service.easiest_and_hardest(self._classes)
+        if self._ranks.is_main and classes and self._thread is None:
+            self._thread = threading.Thread(target=self._draw, args=(step, classes), name="gallery", daemon=True)
+            self._thread.start()
+
+    def close(self, log: RunLog) -> None:
+        """Log what is still being drawn; of what takes long, nothing."""
+        if self._thread is not None:
+            self._thread.join(_PATIENCE_S)
+            if not self._thread.is_alive():
+                self._tell(log)
+
+    def _draw(self, step: int, classes: Sequence[ClassReport]) -> None:
+        easiest, hardest = classes[: self._classes], classes[::-1][: self._classes]
+        try:
+            sheets = (class_sheet(self._records, rows, _IMAGES) for rows in (hardest, easiest))
+            self._sheets = _Sheets(step, *sheets)
+        except Exception as error:  # in a thread: whatever it is, it is told of by the main one
+            self._error = f"{type(error).__name__}: {error}"
+
+    def _tell(self, log: RunLog) -> None:
+        self._thread = None
+        sheets, error = self._sheets, self._error
+        self._sheets, self._error = None, ""
+        if sheets is None:
+            log.say(f"contact sheets of version {self._shown} of the clusters could not be drawn ({error})")
+            return
+        log.image(sheets.step, "clusters/hardest", sheets.hardest)
+        log.image(sheets.step, "clusters/easiest", sheets.easiest)

@@ -1,0 +1,104 @@
+"""The embedding projector's points: images of persons who were not trained on, where the network puts them.
+
+Legend: N images, D components of an embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from backbones import IMAGE_SIZE, Backbone
+from configs.schema import RunConfig
+from data.decode import decode_image
+from data.records import RecordSet
+from data.verification_bin import VerificationSet
+from evaluation.embed import embed_images
+from evaluation.pairs import read_pairs
+from training.distributed import Ranks
+from training.metrics import RunLog
+
+_SPRITE = 32
+"""Pixels of a picture's side: the projector draws it hardly larger, and takes 8192 in all."""
+_DIGITS = 4
+"""Of a component, as text: fewer bytes, and no picture shows the others."""
+
+
+class Chosen(NamedTuple):
+    """Different images, those of one person together. persons: a number for each, from 0."""
+
+    images: list[bytes]
+    persons: list[int]
+
+
+def choose(pairs: VerificationSet, count: int) -> Chosen:
+    """At most `count` different images of a set, of the persons with the most of them.
+
+    A set does not name its persons: whoever is in a pair of one person, or has the same image, is one.
+    """
+    number: dict[bytes, int] = {}
+    places = [number.setdefault(image, len(number)) for image in pairs.images]
+    root = list(range(len(number)))
+
+    def find(image: int) -> int:
+        while root[image] != image:
+            root[image] = root[root[image]]
+            image = root[image]
+        return image
+
+    for pair in np.flatnonzero(pairs.same):
+        first, second = find(places[2 * pair]), find(places[2 * pair + 1])
+        root[max(first, second)] = min(first, second)
+    persons: dict[int, list[bytes]] = {}
+    for image, place in number.items():
+        persons.setdefault(find(place), []).append(image)
+    most = sorted(persons.values(), key=len, reverse=True)
+    rows = [(image, person) for person, images in enumerate(most) for image in images][:count]
+    return Chosen([image for image, _ in rows], [person for _, person in rows])
+
+
+def sprites(images: Sequence[bytes]) -> Tensor:
+    """Small pictures, float32 (N, 3, _SPRITE, _SPRITE), 0 … 1."""
+    small = (Image.fromarray(decode_image(image, IMAGE_SIZE)).resize((_SPRITE, _SPRITE)) for image in images)
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in small])).permute(0, 3, 1, 2) / 255
+
+
+class Projector:
+    """Gives TensorBoard the embeddings of the first verification set, once, at the end of a run.
+
+    All ranks make it alike, after `training.verify.Verification` has found the set well.
+    """
+
+    def __init__(self, config: RunConfig, records: RecordSet, ranks: Ranks) -> None:
+        self._ranks, self._batch_size, self._bf16 = ranks, config.eval.batch_size, config.train.precision == "bf16"
+        self._chosen: Chosen | None = None
+        if config.eval.sets and config.tensorboard.projector_images:
+            path = records.file(config.eval.sets[0])
+            self._name = path.stem
+            self._chosen = choose(read_pairs(path), config.tensorboard.projector_images)
+
+    def show(self, backbone: Backbone, step: int, log: RunLog) -> None:
+        """After an evaluation of the same weights, which has made the ranks' BatchNorm statistics equal.
+
+        Every rank takes part, rank 0 writes. One all-gather.
+        """
+        if self._chosen is None:
+            return
+        images, persons = self._chosen
+        with torch.autocast(self._ranks.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            x_ND = embed_images(
+                backbone,
+                images,
+                batch_size=self._batch_size,
+                group=self._ranks.group,
+                each=self._ranks.monitor.moved,
+            )
+        if self._ranks.is_main:
+            unit_ND = normalize(x_ND.double()).cpu().numpy().round(_DIGITS)
+            log.embedding(step, unit_ND, persons, self._name, sprites(images))
