@@ -10,7 +10,9 @@ from typing import Any
 from backbones.base import IMAGE_SIZE, Backbone, normalise_pixels
 from backbones.iresnet import BLOCKS, IResNet
 from backbones.mobilefacenet import MobileFaceNet
+from backbones.recompute import recompute as compute_again
 from backbones.small import SmallNet
+from backbones.timm_models import PREFIX, TimmBackbone
 from backbones.vit import VARIANTS, VisionTransformer
 
 __all__ = ["IMAGE_SIZE", "Backbone", "build_backbone", "names", "normalise_pixels"]
@@ -27,18 +29,24 @@ _BUILDERS: dict[str, Callable[..., Backbone]] = {
 
 
 def names() -> tuple[str, ...]:
-    """The names that `build_backbone` takes."""
+    """The names of our own that `build_backbone` takes."""
     return tuple(_BUILDERS)
 
 
-def build_backbone(name: str, *, embedding_size: int = 512, **settings: Any) -> Backbone:
+def build_backbone(name: str, *, embedding_size: int = 512, recompute: float = 0.0, **settings: Any) -> Backbone:
     """A new backbone with random weights, by torch's global generator.
 
-    embedding_size: D. settings: what the backbone has beside it (`dropout` of the IResNets, `drop_path` and
-    `mask_ratio` of the ViTs).
+    name: one of `names()`, or `timm/` and a name of timm's. embedding_size: D. recompute: share of its blocks, from the
+    first on, that keep only their input in training and are computed again in backward (`backbones.recompute`).
+    settings: what the backbone has beside it (`dropout` of the IResNets, `drop_path` and `mask_ratio` of the ViTs).
     Raises ValueError for an unknown name or a value out of range, TypeError for a setting that it does not have.
     """
-    if name not in _BUILDERS:
+    if name.startswith(PREFIX):
+        backbone: Backbone = TimmBackbone(name.removeprefix(PREFIX), embedding_size=embedding_size, **settings)
+    elif name in _BUILDERS:
+        backbone = _BUILDERS[name](embedding_size=embedding_size, **settings)
+    else:
         nearest = difflib.get_close_matches(name, _BUILDERS, n=1, cutoff=0.0)[0]
         raise ValueError(f"expected one of {', '.join(_BUILDERS)}, got {name!r}: did you mean {nearest}?")
-    return _BUILDERS[name](embedding_size=embedding_size, **settings)
+    compute_again(backbone.parts(), recompute)
+    return backbone

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from backbones.recompute import Part
 
 IMAGE_SIZE = (112, 112)
 """(height, width) of an aligned face in this field."""
@@ -30,6 +33,7 @@ class Backbone(nn.Module, ABC):
         if embedding_size < 1:
             raise ValueError(f"embedding_size: expected at least 1, got {embedding_size}")
         self.embedding_size = embedding_size
+        self._compiled_body: Callable[[Backbone, Tensor], Tensor] | None = None
 
     @abstractmethod
     def body(self, images_B3HW: Tensor) -> Tensor:
@@ -38,6 +42,18 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def head(self, features_BCHW: Tensor) -> Tensor:
         """Embeddings (B, D) of features in the weights' dtype."""
+
+    def parts(self) -> list[Part]:
+        """What `recompute` may compute again, in the order in which an image passes; none unless a backbone says so."""
+        return []
+
+    def compile_body(self, *, backend: str = "inductor") -> None:
+        """Run `body` through torch.compile in training from now on; evaluation, and weights and their names stay.
+
+        The first step of each batch size compiles, for a minute or so. backend: one of torch.compile's.
+        """
+        # Of the class, not of this object: a copy of the object then runs its own weights.
+        self._compiled_body = torch.compile(type(self).body, dynamic=False, backend=backend)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Embeddings (B, D), not of unit length, in the weights' dtype: float32, also under autocast.
@@ -50,7 +66,8 @@ class Backbone(nn.Module, ABC):
                 f"expected floating-point images of shape (B, 3, {IMAGE_SIZE[0]}, {IMAGE_SIZE[1]}) scaled to -1 … 1, "
                 f"got {images_B3HW.dtype} of shape {tuple(images_B3HW.shape)}: align and normalise_pixels first"
             )
-        features_BCHW = self.body(images_B3HW)
+        compiled = self._compiled_body if self.training and torch.is_grad_enabled() else None
+        features_BCHW = self.body(images_B3HW) if compiled is None else compiled(self, images_B3HW)
         with torch.autocast(features_BCHW.device.type, enabled=False):
             return self.head(features_BCHW.to(next(self.parameters()).dtype))
 

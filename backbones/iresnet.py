@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from backbones.base import FINAL_SIZE, Backbone
+from backbones.recompute import Part
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
 """Blocks of each of the four stages, by depth."""
@@ -86,9 +87,15 @@ class IResNet(Backbone):
         _init(self.conv1, self.bn1)
 
     def body(self, images_B3HW: Tensor) -> Tensor:
-        x = self.prelu(self.bn1(self.conv1(images_B3HW)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(self._stem(images_B3HW)))))
         return self.bn2(x)  # type: ignore[no-any-return]
+
+    def _stem(self, images_B3HW: Tensor) -> Tensor:
+        return self.prelu(self.bn1(self.conv1(images_B3HW)))  # type: ignore[no-any-return]
+
+    def parts(self) -> list[Part]:
+        blocks = (block for layer in (self.layer1, self.layer2, self.layer3, self.layer4) for block in layer)
+        return [Part(self, "_stem"), *map(Part, blocks)]
 
     def head(self, features_BCHW: Tensor) -> Tensor:
         return self.features(self.fc(self.dropout(features_BCHW.flatten(1))))  # type: ignore[no-any-return]

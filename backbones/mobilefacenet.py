@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from backbones.base import FINAL_SIZE, Backbone, init_he
+from backbones.recompute import Part
 
 
 class _Stage(NamedTuple):
@@ -93,6 +94,13 @@ class MobileFaceNet(Backbone):
 
     def body(self, images_B3HW: Tensor) -> Tensor:
         return self.conv_sep(self.layers(images_B3HW))  # type: ignore[no-any-return]
+
+    def parts(self) -> list[Part]:
+        found: list[Part] = []
+        for part in self.layers:
+            residuals = [Part(residual) for residual in part.modules() if isinstance(residual, _Residual)]
+            found += residuals or [Part(part)]
+        return found
 
     def head(self, features_BCHW: Tensor) -> Tensor:
         return self.features(features_BCHW)  # type: ignore[no-any-return]

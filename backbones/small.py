@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.base import FINAL_SIZE, Backbone, init_he
+from backbones.recompute import Part
 
 _WIDTHS = (24, 48, 96)
 """Channels at 28 x 28, 14 x 14 and 7 x 7 places."""
@@ -56,6 +57,9 @@ class SmallNet(Backbone):
     def body(self, images_B3HW: Tensor) -> Tensor:
         x = torch.relu_(self.stem_bn(self.stem(images_B3HW.contiguous(memory_format=torch.channels_last))))
         return self.blocks(x)  # type: ignore[no-any-return]
+
+    def parts(self) -> list[Part]:
+        return [Part(block) for block in self.blocks]
 
     def head(self, features_BCHW: Tensor) -> Tensor:
         return self.embedding_bn(self.linear(features_BCHW.flatten(1)))  # type: ignore[no-any-return]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.base import IMAGE_SIZE, Backbone
+from backbones.recompute import Part
 
 _PATCH = 9
 _PATCHES = (IMAGE_SIZE[0] // _PATCH) * (IMAGE_SIZE[1] // _PATCH)
@@ -161,6 +162,9 @@ class VisionTransformer(Backbone):
         for block in self.blocks:
             x_BKC = block(x_BKC)
         return self.norm(x_BKC)  # type: ignore[no-any-return]
+
+    def parts(self) -> list[Part]:
+        return [Part(block) for block in self.blocks]
 
     def head(self, features_BLC: Tensor) -> Tensor:
         return self.feature(features_BLC.flatten(1))  # type: ignore[no-any-return]

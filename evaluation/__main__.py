@@ -15,6 +15,7 @@ from data.errors import DataError
 from evaluation.commands.compare import add as add_compare
 from evaluation.commands.embed import add as add_embed
 from evaluation.commands.embed import embed_set
+from evaluation.commands.export import add as add_export
 from evaluation.commands.identification import add as add_identification
 from evaluation.commands.ijb import add as add_ijb
 from evaluation.commands.verify import add as add_verify
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     add_embed(commands).set_defaults(run_ranks=embed_set, run_alone=None)
     add_verify(commands).set_defaults(run_ranks=verify_sets, run_alone=None)
-    for add in (add_ijb, add_identification, add_compare):
+    for add in (add_ijb, add_identification, add_compare, add_export):
         add(commands)
     return parser
 

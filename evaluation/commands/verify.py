@@ -12,12 +12,14 @@ import torch.distributed as dist
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from backbones import Backbone
 from data.commands.arguments import progress_on, whole
 from data.errors import DataError
 from evaluation.bootstrap import LEVEL, RESAMPLES, Interval, bootstrap
 from evaluation.commands.model import add_model, chosen_model
 from evaluation.commands.results import PAGE, percent, rates, refuse_present, show, write_results
 from evaluation.embed_records import EmbedError, load_backbone
+from evaluation.export_run import open_onnx
 from evaluation.page import Summary, Table
 from evaluation.pairs import PairEmbeddings, embed_pairs, read_pairs
 from evaluation.plots import det_figure, label, roc_figure, score_figure
@@ -50,6 +52,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("sets", type=Path, nargs="+", metavar="SET.bin")
     add_model(parser)
+    parser.add_argument("--onnx", type=Path, metavar="FILE", help="an exported backbone in their place, on the CPU")
     about = f"{_FILE}, {PAGE}, pictures, scores; in a run's {FOLDER}/ for compare"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=about)
     parser.add_argument("--resamples", type=whole(0), default=RESAMPLES, help=f"default {RESAMPLES}; 0: no intervals")
@@ -71,7 +74,6 @@ def verify_sets(
     Raises DataError, EmbedError and ConfigError, on all ranks alike, before anything is embedded where a set cannot
     be evaluated.
     """
-    model, weights = chosen_model(args, example=_EXAMPLE)
     names = [path.stem for path in args.sets]
     if len(set(names)) < len(names):
         raise DataError(f"expected sets of different names, got {', '.join(map(str, args.sets))}")
@@ -80,7 +82,8 @@ def verify_sets(
     files = [_FILE, *(SCORES.format(name) for name in names)]
     refuse_present(args.out, files, force=args.force)
     sets = {path.stem: read_pairs(path) for path in args.sets}
-    backbone = load_backbone(model.backbone, embedding_size=model.embedding_size, weights=weights).to(device)
+    kind, weights, backbone = _backbone(args)
+    backbone.to(device)
     results: dict[str, Verification] = {}
     with progress_on(console) as progress:
         task = progress.add_task("sets", total=len(sets), visible=is_main)
@@ -99,7 +102,7 @@ def verify_sets(
     table = _table(results, intervals)
     show(table)
     if args.out is not None:
-        about = {"backbone": model.backbone, "embedding_size": model.embedding_size, "weights": str(weights)}
+        about = {"backbone": kind, "embedding_size": backbone.embedding_size, "weights": str(weights)}
         method = {"resamples": args.resamples, "seed": args.seed, "method": _METHOD} if args.resamples else None
         described = {name: _describe(result, intervals[name]) for name, result in results.items()}
         content = {"model": about, "intervals": method, "sets": described}
@@ -107,12 +110,23 @@ def verify_sets(
             SCORES.format(name): np.column_stack([result.scores_P, result.same_P]) for name, result in results.items()
         }
         facts = [
-            ("backbone", f"{model.backbone}, {model.embedding_size} components"),
+            ("backbone", f"{kind}, {backbone.embedding_size} components"),
             ("weights", str(weights)),
             *((path.name, _pairs_in_words(results[path.stem])) for path in args.sets),
         ]
         summary = Summary(f"Verification: {', '.join(names)}", facts, [table], _method(args))
         write_results(args.out, _FILE, content, summary, figures=_figures(results), arrays=scores)
+
+
+def _backbone(args: argparse.Namespace) -> tuple[str, Path, Backbone]:
+    """Its name, its file, and itself."""
+    if args.onnx is None:
+        model, weights = chosen_model(args, example=_EXAMPLE)
+        backbone = load_backbone(model.backbone, embedding_size=model.embedding_size, weights=weights)
+        return model.backbone, weights, backbone
+    if args.run is not None or args.weights is not None or args.backbone is not None:
+        raise DataError("expected --onnx alone, or --run, or --weights and --backbone: one backbone is verified")
+    return "ONNX", args.onnx, open_onnx(args.onnx)
 
 
 def _method(args: argparse.Namespace) -> list[str]:

@@ -138,6 +138,14 @@ def test_parameter_counts() -> None:
     }
 
 
+@pytest.mark.parametrize("name", RECORDED)
+def test_parameter_counts_are_the_peers(name: str) -> None:
+    """Of what they recorded, all but the statistics of BatchNorm is trained, or was meant to be."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    shapes = {key: shape for key, shape in _vector(name)["keys"].items() if not key.endswith(statistics)}
+    assert sum(p.numel() for p in _meta(name).parameters()) == sum(int(np.prod(shape)) for shape in shapes.values())
+
+
 # ---- in training -------------------------------------------------------------------------------------------------
 
 
