@@ -2,7 +2,7 @@
 
 Gradients are the same bits as without it: random numbers (stochastic depth) are drawn again from the same state, and
 autocast is as it was. BatchNorm's running statistics move once, in forward: the second time it moves others, which are
-thrown away (in training it normalises by the batch's own).
+thrown away (it normalises by the batch's own; one that is set to evaluation keeps its own, which do not move).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], Abstract
 @contextlib.contextmanager
 def _statistics_aside(module: nn.Module) -> Iterator[None]:
     """BatchNorm has other tensors for its statistics: without any, autograd would not save as many as before."""
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
     aside = [dict(norm._buffers) for norm in norms]
     for norm in norms:
         norm._buffers.update({name: None if b is None else torch.zeros_like(b) for name, b in norm._buffers.items()})

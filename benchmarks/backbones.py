@@ -36,9 +36,9 @@ from training.timing import Stopwatch
 _TITLE = "Backbones: arithmetic, memory and time of an image"
 HEADER = (
     *("backbone", "arm", "M weights", "GFLOPs", "published", "kept fp32 MB", "kept bf16 MB", "peak fp32 MB"),
-    *("peak bf16 MB", "forward images/s", "step images/s", "step / plain", "measured MB"),
+    *("peak bf16 MB", "forward img/s", "step img/s", "step / plain", "measured MB"),
 )
-_ONLY_IN_FILE = ("published", "kept bf16 MB", "peak fp32 MB", "peak bf16 MB", "forward images/s", "measured MB")
+_ONLY_IN_FILE = ("published", "kept bf16 MB", "peak fp32 MB", "peak bf16 MB", "forward img/s", "measured MB")
 PLAIN, OURS, AGAIN, COMPILED = ARMS = ("plain", "ours", "recompute", "compiled")
 _SMALL = ("small", "mobilefacenet", "vit_t")
 """What a CPU is timed with unless told otherwise."""
@@ -192,7 +192,7 @@ def _run(args: argparse.Namespace, arguments: Sequence[str], ranks: Ranks) -> No
         "bytes / 10^6 that an image adds in training: what autograd saves, and the highest point of forward and "
         "backward, under autocast in bf16; counted from the shapes of the CPU's operators, without weights"
     )
-    about["images/s"] = (
+    about["img/s"] = (
         f"B = {args.batch}, D = {args.dim}, {args.precision}, 1 rank; medians of {args.repeats} turns after "
         f"{args.warmup} of warm-up, the arms alternating; a step is forward, backward and SGD"
     )

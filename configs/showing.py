@@ -8,8 +8,8 @@ from configs.checks import require
 
 _MOST_CLASSES = 50
 _MOST_PICTURES = 10_000
-_MOST_STEPS = 1000
-"""Of a trace: a hundred steps of a ResNet-50 on a GPU are some hundred thousand events already."""
+_MOST_STEPS = 100
+"""Of a trace: so many of a ResNet-50 on a GPU are some hundred thousand events, which are written amid training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

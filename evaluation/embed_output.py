@@ -41,11 +41,12 @@ class Output:
             raise DataError(f"--out {out}: expected a name")
         self.path, self.in_parts = out, out.suffix != ".npy"
         self.partial = out.with_name(f".{out.name}.part")
-        self._old = out.with_name(f".{out.name}.old")
         there = [path for path in (out, *map(self.sidecar, _SIDECARS)) if path.exists()]
         if there and not force:
             what = "folder" if self.in_parts and there[0] == out else "file"
             raise DataError(f"{there[0]}: expected no {what} there: name another, or replace it with --force")
+        if folders := [path for path in there if path != out and path.is_dir()]:
+            raise DataError(f"{folders[0]}: expected no folder there: name another place")
         if out.is_dir():
             try:
                 found = sorted(path.name for path in out.iterdir())
@@ -108,8 +109,21 @@ class Output:
             _write_header(file, shape, dtype)
 
     def _appear(self, sidecars: Sidecars) -> None:
-        """The embeddings last: where they are, all is there."""
-        _remove(self._old)
+        """The embeddings last: where they are, all is there. Where that fails, all that was there is there again."""
+        moved: list[tuple[Path, Path]] = []
+        try:
+            self._write_beside(sidecars, moved)
+            self.partial.replace(self.path)
+        except BaseException:
+            for path, aside in reversed(moved):
+                with contextlib.suppress(OSError):
+                    aside.replace(path)
+            raise
+        for _, aside in moved:
+            _remove(aside)
+
+    def _write_beside(self, sidecars: Sidecars, moved: list[tuple[Path, Path]]) -> None:
+        """The sidecars; what was there is moved aside, which `moved` tells of."""
         paths = [self.sidecar(name) for name in sidecars]
         with contextlib.ExitStack() as stack:
             partial = stack.enter_context(appearing(paths)) if paths else []
@@ -119,12 +133,12 @@ class Output:
                         file.write(content)
                     else:
                         np.save(file, content, allow_pickle=False)
-            if self.path.exists():
-                self.path.replace(self._old)
-            for name in _SIDECARS:
-                self.sidecar(name).unlink(missing_ok=True)
-        self.partial.replace(self.path)
-        _remove(self._old)
+            for path in (self.path, *map(self.sidecar, _SIDECARS)):
+                if path.exists():
+                    aside = path.with_name(f".{path.name}.old")
+                    _remove(aside)
+                    path.replace(aside)
+                    moved.append((path, aside))
 
 
 def _remove(path: Path) -> None:

@@ -22,8 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from backbones import IMAGE_SIZE, Backbone, build_backbone, normalise_pixels
+from data.decode import DecodeError
 from data.errors import DataError
 from data.prefetch import prefetch
+from data.recordio import RecordError
 from evaluation.embed_output import Output
 from evaluation.embed_sources import Source
 from sharding import shard_of
@@ -207,7 +209,7 @@ def _embedded(
         for row in rows[: max(0, len(draft.samples) - rows.start)]:
             try:
                 source.decode(draft.samples[row], draft.pixels_BHW3[row])
-            except DataError:
+            except (DecodeError, RecordError):  # but not that a disk or store does not give it: then all ends
                 draft.bad_B[row] = True
 
     batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))

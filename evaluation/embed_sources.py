@@ -9,17 +9,18 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from backbones import IMAGE_SIZE
-from data.decode import Pixels, decode_image
+from data.decode import DecodeError, Pixels, decode_image
 from data.errors import DataError
 from data.pack import every_image
 from data.recordio import Where
 from data.records import RecordSet
-from data.sources import FolderSource, encode_file
+from data.sources import FolderSource, encode_image
 from data.verification_bin import read_bin
 from evaluation.embedding_files import Ints
 
@@ -37,7 +38,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def decode(self, row: int, out: Pixels) -> None:
-        """Write the pixels of image `row`, RGB (112, 112, 3), to `out`; threads may do so at once. Raises DataError."""
+        """Write the pixels of image `row`, RGB (112, 112, 3), to `out`; threads may do so at once.
+
+        Raises DecodeError or RecordError where the image is damaged, DataError where it cannot be had.
+        """
 
     def sidecars(self) -> Sidecars:
         """What goes beside the embeddings."""
@@ -49,7 +53,7 @@ class RecordImages:
     def __init__(self, folder: Where) -> None:
         """Raises DataError for what is no set, and for images of another size than 112 x 112."""
         self._records = RecordSet.open(folder)
-        self.where, self.stamp = self._records.address, 0
+        self.where, self.stamp = self._records.address, _stamp(self._records.labels)
         if self._records.image_size != IMAGE_SIZE:
             height, width = self._records.image_size
             raise DataError(
@@ -74,8 +78,8 @@ class PairImages:
 
     def __init__(self, path: Path) -> None:
         """Raises DataError."""
-        self._images = read_bin(path).images
-        self.where, self.stamp = str(path), 0
+        self._images, same = read_bin(path)
+        self.where, self.stamp = str(path), _stamp(np.array([len(image) for image in self._images]), np.asarray(same))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -119,7 +123,7 @@ class FolderImages:
                 raise _odd_name(folder / name) from None
             if len(name.splitlines()) != 1:
                 raise _odd_name(folder / name)
-        self.stamp = int.from_bytes(names.digest()[:7], "big")
+        self.stamp = _number(names)
 
     def __len__(self) -> int:
         return len(self._place_N2)
@@ -133,9 +137,12 @@ class FolderImages:
     def decode(self, row: int, out: Pixels) -> None:
         """See `Source`. Those of another size or kind are made as `data.sources.RESIZE_RULE` says."""
         path = self._found.folder / self.name(row)
-        encoded = encode_file(path)
-        if isinstance(encoded, DataError):
-            raise encoded
+        try:
+            encoded = encode_image(path.read_bytes())
+        except OSError as error:
+            raise DataError(f"{path}: cannot read it ({error.strerror})") from None
+        except ValueError as error:
+            raise DecodeError(f"{path}: {error}") from None
         decode_image(encoded, IMAGE_SIZE, out=out)
 
     def sidecars(self) -> Sidecars:
@@ -147,6 +154,17 @@ class FolderImages:
     def _names(self) -> Iterator[str]:
         for name, files in zip(self._found.names, self._found.files, strict=True):
             yield from (os.path.join(name, file) for file in files)
+
+
+def _stamp(*arrays: npt.NDArray[Any]) -> int:
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).data)
+    return _number(found)
+
+
+def _number(found: hashlib._Hash) -> int:
+    return int.from_bytes(found.digest()[:7], "big")
 
 
 def _listed(folder: Path) -> tuple[tuple[str, ...], bool]:

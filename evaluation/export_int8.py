@@ -20,8 +20,9 @@ import numpy.typing as npt
 import torch
 
 from backbones import IMAGE_SIZE, normalise_pixels
-from data.decode import decode_image
+from data.decode import DecodeError, decode_image
 from data.errors import DataError
+from data.recordio import RecordError
 from data.records import RecordSet
 from evaluation.export_form import INPUT, ExportError, Form, needed, said
 from evaluation.export_run import FileBackbone
@@ -70,14 +71,14 @@ def draw_images(records: RecordSet, count: int) -> Drawn:
         try:
             decode_image(records.image(sample)[1], IMAGE_SIZE, out=pixels[found])
             found += 1
-        except DataError:
+        except (DecodeError, RecordError):
             bad += 1
     if found < len(pixels):
         raise DataError(
             f"{records.address}: expected {len(pixels)} images that decode, half to calibrate by and half to compare "
             f"by, found {found} ({bad} do not decode): lower --images, or name a larger set"
         )
-    return Drawn(pixels[:count], pixels[count:], bad)
+    return Drawn(pixels[:count], pixels[:count], bad)
 
 
 def quantise(source: Path, target: Path, images_NHW3: Pixels, form: Form) -> None:

@@ -104,7 +104,8 @@ def save_png(figure: Figure, path: Path) -> None:
 
 def label(name: str) -> str:
     """The name of a set or run as a picture shows it: no formula, whatever is in it."""
-    return str(DataError(name)).replace("$", r"\$")
+    shown = str(DataError(name)).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown  # a legend leaves out what begins so
 
 
 class Drawn(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import json
 import os
 import runpy
@@ -23,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_PR_SET_PDEATHSIG = 1
 _GRACE_S = 30
 """For ranks when another has failed."""
 Done = subprocess.CompletedProcess[str]
@@ -75,7 +77,10 @@ class Forks:
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(what) + "\n")
         self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        if not (line := self._server.stdout.readline()):
+            code, self._server = self._server.wait(20), None
+            raise RuntimeError(f"the process that forks has ended: exit code {code}")
+        return json.loads(line)
 
     @contextlib.contextmanager
     def start(self, *command: str, cwd: Path, env: Mapping[str, str], ranks: int = 1) -> Iterator[Started]:
@@ -128,6 +133,7 @@ def _fork(job: dict[str, Any]) -> list[int]:
 
 def _become(job: dict[str, Any], rank: int) -> None:
     """What a new Python does with its arguments, from start to end."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a test run that is killed leaves nobody behind
     os.environ.clear()
     os.environ.update(job["env"])
     if "fsspec" in sys.modules:  # it reads the environment when it is imported

@@ -21,7 +21,7 @@ _IMAGES = 8
 """Of a class, on a sheet."""
 _MISSING = 128
 """Grey in the place of an image that cannot be read."""
-_PATIENCE_S = 10.0
+_PATIENCE_S = 3.0
 """Seconds that the end of a run waits for a sheet: a store far away may not answer."""
 
 

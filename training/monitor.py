@@ -25,6 +25,9 @@ from training.operation import operation_of_error, operation_of_thread
 
 RECORDS = "records"
 """Phase in which a rank opens its data: that may take long and says itself how it goes, so it is not watched."""
+CLOSING = "closing"
+"""Phase at the end of a run in which logs and pictures are written and other places told, each within its own limit: it
+is not watched either."""
 START_S = 600.0
 """Least patience until the first step is done: hosts open large sets and build kernels at their own pace."""
 NCCL_LATER_S = 10.0
@@ -123,7 +126,7 @@ class Monitor:
             # Time that the whole process was stopped, by a signal or with its machine, is nobody's hang.
             self._idle += min(now - before, 2 * _TICK_S)
             before = now
-            if self._moves != moves or self._place[1] == RECORDS:
+            if self._moves != moves or self._place[1] in (RECORDS, CLOSING):
                 moves, self._idle = self._moves, 0.0
             if not warned and self._unreachable(max(10.0, self._timeout / 2)):
                 warned = True

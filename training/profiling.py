@@ -21,7 +21,7 @@ class StepProfiler:
         """output: of the run; traces come into `profile` in it."""
         self._config, self._ranks, self._folder = config, ranks, output / "profile"
         self._due = bool(config.steps) and (ranks.is_main or config.all_ranks)
-        self._done = 0
+        self._done, self._first = 0, 0
         self._profile: profile | None = None
 
     def after_step(self, step: int, log: RunLog) -> None:
@@ -35,6 +35,7 @@ class StepProfiler:
                 if self._done == self._config.after + self._config.steps:
                     self._end(step, log)
             elif self._done >= self._config.after - 1:
+                self._first = step + 2  # the next warms the profiler up
                 self._begin()
         except Exception as error:  # Kineto's and CUPTI's own, a folder that cannot be written: say it and go on
             self._give_up(error, log)
@@ -59,8 +60,8 @@ class StepProfiler:
         trace, self._profile, self._due = self._profile, None, False
         if trace is not None:
             trace.stop()
-        first = step - (self._done - self._config.after) + 1
-        if trace is None or first > step:
+        first = self._first
+        if trace is None or self._done <= self._config.after:
             log.say(f"no profile: the run ended before profile.after = {self._config.after} steps were done")
             return
         self._folder.mkdir(parents=True, exist_ok=True)

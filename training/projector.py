@@ -100,5 +100,8 @@ class Projector:
                 each=self._ranks.monitor.moved,
             )
         if self._ranks.is_main:
-            unit_ND = normalize(x_ND.double()).cpu().numpy().round(_DIGITS)
-            log.embedding(step, unit_ND, persons, self._name, sprites(images))
+            try:
+                unit_ND = normalize(x_ND.double()).cpu().numpy().round(_DIGITS)
+                log.embedding(step, unit_ND, persons, self._name, sprites(images))
+            except Exception as error:  # memory, or a file system that TensorBoard reaches by other means
+                log.say(f"no embedding projector ({type(error).__name__}: {error})")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,31 +12,33 @@ from typing import Any
 import torch
 
 from backbones import build_backbone
-from clustering.service import ClusterService
 from configs.schema import ConfigError, RunConfig
 from data.batch import Batch
-from data.loader import build_loader
 from partial_fc.head import PartialFCHead
 from training.agreement import facts_of, open_same_records
 from training.board import Board
+from training.building import loader_of, service_of
 from training.checkpoint import Saved
 from training.checkpointing import RunCheckpoints
 from training.checks import make_writable, steps_of
-from training.distributed import Ranks, data_parallel
+from training.distributed import Ranks, data_parallel, is_restart
 from training.errors import TrainingError
 from training.flops import Work
 from training.guard import Guard, RollBack
 from training.layout import layout
 from training.meter import Meter, cluster_advice, cluster_histograms
 from training.metrics import RunLog
+from training.monitor import CLOSING
 from training.optim import build_optimizers, learning_rate
 from training.results import introduce, write_results
 from training.run_state import RunState
 from training.sinks import Sinks, build_sinks
 from training.step import TrainStep
 from training.stopping import Signals, Stopped, StopRequest
-from training.timing import Stopwatch
 from training.verify import Verification
+
+_LAST_PICTURES_S = 120.0
+"""A run that is done waits so long for the curves of its last evaluation."""
 
 
 class Trainer:
@@ -46,24 +50,10 @@ class Trainer:
         self.batch_size, self.accumulation = train.share(ranks.world_size)
         self.output = Path(train.output)
         make_writable(self.output, ranks.rank)
-        self.sinks = build_sinks(config.monitor, lambda line: self.log.say(line)) if ranks.is_main else Sinks()  # noqa: PLW0108
+        sinks = build_sinks(config.monitor, lambda line: self.log.say(line))  # noqa: PLW0108  # all refuse it alike
+        self.sinks = sinks if ranks.is_main else Sinks()
         self.records, labels = open_same_records(config.data, ranks)
-        self.loader = build_loader(
-            self.records,
-            batch_size=self.batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            seed=train.seed,
-            backend=config.data.backend,
-            device=ranks.device,
-            threads=config.data.threads,
-            prefetch=config.data.prefetch,
-            flip=config.data.flip,
-            augment=config.augment,
-            sampler=config.data.sampler,
-            images_per_identity=config.data.images_per_identity,
-            window=config.data.window,
-        )
+        self.loader = loader_of(config, self.records, ranks, batch_size=self.batch_size)
         self.steps_per_epoch = steps_of(self.loader.steps_per_epoch, self.accumulation)
         self.total_steps = self.steps_per_epoch * train.epochs
         self.global_batch = self.batch_size * self.accumulation * ranks.world_size
@@ -85,7 +75,10 @@ class Trainer:
             seed=train.seed,
             product_dtype=self.product_dtype,
         ).to(ranks.device)
-        self.service = self._build_service() if config.clustering.enabled else None
+        self.service = None
+        if config.clustering.enabled:
+            steps = {"total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch}
+            self.service = service_of(config, self.records, ranks, **steps, product_dtype=self.product_dtype)
         self.optimizers = build_optimizers(
             self.backbone.parameters(), self.head.parameters(), config.optim, config.head, seed=train.seed
         )
@@ -118,21 +111,6 @@ class Trainer:
         self.guard = Guard(config.guard, parameters=trained, ranks=ranks, say=lambda line: self.log.say(line))  # noqa: PLW0108
         self._start()
         self.board = Board(config, self.records, self.service, ranks, self.output)
-
-    def _build_service(self) -> ClusterService:
-        return ClusterService(
-            labels=self.records.labels,
-            num_classes=self.records.num_classes,
-            dim=self.config.model.embedding_size,
-            group=self.ranks.group,
-            device=self.ranks.device,
-            config=self.config.clustering,
-            margin=self.config.head.margin,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
-            product_dtype=self.product_dtype,
-            stopwatch=Stopwatch(self.ranks.device),
-        )
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
@@ -199,7 +177,7 @@ class Trainer:
         self.ranks.monitor.closing.append(lambda: self.log.close(failed=True))
         try:
             introduce(self.log, self.config, self.records, self.ranks, self.output)
-            self.sinks.start(self.config, self.output, resumed=self.step > 0)
+            self.sinks.start(self.config, self.output, resumed=self.step > 0 or is_restart())
             self.log.say(
                 f"{self.loader.backend} loader, {self.global_batch} images a step, {self.steps_per_epoch} steps an "
                 f"epoch, {self.total_steps} in all" + (f"; resumed at step {self.step}" if self.step else "")
@@ -218,11 +196,18 @@ class Trainer:
             self.log.say(f"stopped{by} after {self.step} of {self.total_steps} steps; the same command goes on")
             return stopped
         finally:
-            self.verification.close()
-            self.board.close(self.step, self.log)
-            self.log.close()
-            self.loader.close()
-            self.records.close()
+            self._close()
+
+    def _close(self) -> None:
+        """The end, be it by a signal, which leaves half a minute. One that fails does not keep the others from it."""
+        if sys.exc_info()[0] is None:  # else the place of the error is what the other ranks are told
+            self.ranks.monitor.at(self.step, CLOSING)
+        with contextlib.ExitStack() as closing:  # the last one first
+            closing.callback(self.records.close)
+            closing.callback(self.loader.close)
+            closing.callback(self.log.close)
+            closing.callback(self.board.close, self.step, self.log)
+            closing.callback(self.verification.close)
 
     def _train(self, last: int) -> None:
         """To step `last`, and save. Raises Stopped, on all ranks."""
@@ -337,8 +322,10 @@ class Trainer:
 
     def _finish(self) -> None:
         self._evaluate()
-        self.board.finish(self.backbone.module, self.step, self.log)
         hardest = None if self.service is None else self.service.easiest_and_hardest(5)
         if self.ranks.is_main:
             write_results(self.output, self.backbone.module, hardest)
+        self.board.finish(self.backbone.module, self.step, self.log)
+        self.ranks.monitor.at(self.step, CLOSING)
+        self.verification.show(within=_LAST_PICTURES_S)
         self.log.say(f"done: weights in {self.output / 'backbone.pt'}, logs in {self.output / 'tensorboard'}")

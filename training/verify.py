@@ -27,8 +27,8 @@ from training.errors import TrainingError
 from training.metrics import RunLog, append_line
 from training.stopping import StopRequest
 
-_PATIENCE_S = 10.0
-"""For the last pictures: a signal leaves half a minute."""
+_PATIENCE_S = 3.0
+"""For pictures when a run ends before it is done: a signal leaves half a minute for all."""
 
 
 class _Set(NamedTuple):
@@ -77,9 +77,9 @@ class Verification:
                 self._tell(name, result, step, log, output)
         return statistics.fmean(accuracies) if accuracies else None
 
-    def show(self) -> None:
-        """Write and log the pictures that are drawn."""
-        self._drawing.show()
+    def show(self, *, within: float = 0.0) -> None:
+        """Write and log the pictures that are drawn; wait for the others for so many seconds at most."""
+        self._drawing.show(within=within)
 
     def close(self) -> None:
         """The run ends: the last pictures, if they are drawn in some seconds."""
@@ -109,8 +109,13 @@ class Verification:
         results, heading = self._shown[name], f"{label(name)}: {len(result.same_P)} pairs"
 
         def show(picture: Callable[[], Drawn]) -> None:
-            if log.attempt(path.name, lambda: _write(path, picture().png)):
-                log.image(step, f"verification/{name}", picture().pixels, elsewhere=True)
+            try:
+                made = picture()
+            except Exception as error:  # whatever matplotlib raises
+                log.say(f"{path}: cannot draw it ({type(error).__name__}: {error}): training goes on")
+                return
+            if log.attempt(path.name, lambda: _write(path, made.png)):
+                log.image(step, f"verification/{name}", made.pixels, elsewhere=True)
 
         path = output / f"roc_{name}.png"
         self._drawing.begin(lambda: drawn(verification_figure(results, title=heading)), show)

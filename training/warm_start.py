@@ -82,7 +82,8 @@ def write_start(
     )
     train.share(ranks)
     local = dataclasses.replace(config.data, backend="cpu")
-    config = dataclasses.replace(config, train=here, data=local, monitor=MonitorConfig())
+    model = dataclasses.replace(config.model, compile=False)  # the run may compile it all the same
+    config = dataclasses.replace(config, model=model, train=here, data=local, monitor=MonitorConfig())
     with open_ranks(dataclasses.replace(here, device="cpu")) as alone:
         if alone.world_size > 1:
             raise ConfigError(f"expected one process, got {alone.world_size}: start this without torchrun")

@@ -15,7 +15,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Options that choose a model and how it is run."""
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="a training's output: its config.yaml and weights")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="backbone.pt")
-    parser.add_argument("--backbone", choices=names(), help="without --run")
+    parser.add_argument("--backbone", metavar="NAME", help=f"without --run: {', '.join(names())}, timm/…")
     parser.add_argument("--embedding-size", type=_whole, default=512, help="without --run; default 512")
     parser.add_argument("--batch-size", type=_whole, default=128, help="images at a time, default 128")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default auto")

@@ -41,7 +41,7 @@ def say_and_wait(work):
 
 
 if moment == "start-up":
-    trainer.build_loader = say_and_wait(trainer.build_loader)
+    trainer.loader_of = say_and_wait(trainer.loader_of)
 elif moment == "evaluation":
     import evaluation.embed as embed
     embed._pixels = say_and_wait(embed._pixels)
