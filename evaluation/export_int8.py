@@ -78,7 +78,7 @@ def draw_images(records: RecordSet, count: int) -> Drawn:
             f"{records.address}: expected {len(pixels)} images that decode, half to calibrate by and half to compare "
             f"by, found {found} ({bad} do not decode): lower --images, or name a larger set"
         )
-    return Drawn(pixels[:count], pixels[:count], bad)
+    return Drawn(pixels[:count], pixels[count:], bad)
 
 
 def quantise(source: Path, target: Path, images_NHW3: Pixels, form: Form) -> None:

@@ -27,7 +27,10 @@ def test_computing_again_ends_with_the_same_weights(train: Run, tmp_path: Path, 
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's own compiler needs a C++ compiler")
-def test_a_compiled_run_goes_on_and_leaves_plain_weights(train: Run, tmp_path: Path) -> None:
+def test_a_compiled_run_goes_on_and_leaves_plain_weights(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))  # a killed run may have left half a file
     for stop in (3, 0):
         done = train(1, "model.compile=true", "train.epochs=1", f"train.stop_after_steps={stop}")
         assert done.returncode == 0, done.stderr

@@ -122,7 +122,8 @@ def test_the_head_stays_outside_autocast() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's own compiler needs a C++ compiler")
-def test_through_torchs_own_compiler() -> None:
+def test_through_torchs_own_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     backbone = _build("small")
     backbone.compile_body()
     _agree(_trained(backbone), _trained(_build("small")))
