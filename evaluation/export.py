@@ -54,7 +54,7 @@ def export_onnx(
         written = Path(folder, out.name)  # the file names its data by their final name
         write_onnx(network, written, about | {"clusterface.precision": "float32" if int8 is None else "int8"})
         exported = open_onnx(written)
-        worst = worst_difference(backbone, exported)
+        worst = worst_difference(backbone, exported, unit=form.unit)
         found = None
         if int8 is not None:
             whole, written = written, Path(folder, "int8.onnx")
@@ -79,7 +79,7 @@ def export_program(
         written = Path(folder, "model.pt2")  # its name is in the file
         write_program(Deployed(backbone, form), written, about)
         exported = open_program(written, embedding_size=backbone.embedding_size, form=form)
-        worst = worst_difference(backbone, exported)
+        worst = worst_difference(backbone, exported, unit=form.unit)
         look(exported)
         written.replace(partial)
     return Exported([out], worst)

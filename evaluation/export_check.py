@@ -17,7 +17,7 @@ from data.synthetic import SyntheticFaces
 from evaluation.export_form import ExportError
 
 LIMIT = 1e-4
-"""The largest difference that is let pass, of any component of an embedding of length 1."""
+"""The largest difference that is let pass, of any component, in lengths of the embedding."""
 BATCHES = (1, 2, 7)
 _SEED = 0
 
@@ -33,21 +33,24 @@ def check_images() -> npt.NDArray[np.uint8]:
 
 
 @torch.no_grad()
-def worst_difference(network: Callable[[Tensor], Tensor], exported: Backbone) -> float:
-    """Of components of unit embeddings, the network's against the file's, over `check_images` in `BATCHES`.
+def worst_difference(network: Callable[[Tensor], Tensor], exported: Backbone, *, unit: bool) -> float:
+    """Of components, the network's against the file's, in lengths of the network's, over `check_images` in `BATCHES`.
 
-    network: from images float32 -1 … 1 to embeddings. Raises ExportError above `LIMIT`, and where embeddings are not
-    finite.
+    network: from images float32 -1 … 1 to embeddings. unit: whether the file scales them to length 1. Raises
+    ExportError above `LIMIT`, and where embeddings are not finite.
     """
     worst = 0.0
     for images_BHW3 in _batches():
         x_B3HW = normalise_pixels(torch.from_numpy(images_BHW3).permute(0, 3, 1, 2))
-        expected_BD, found_BD = (_unit(embedded(x_B3HW)) for embedded in (network, exported))
+        expected_BD, found_BD = (embedded(x_B3HW).double() for embedded in (network, exported))
+        if unit:
+            expected_BD = nn.functional.normalize(expected_BD)
         if not bool(expected_BD.isfinite().all()):
             raise ExportError("the backbone's embeddings are not finite: are these weights of a diverged training?")
         if expected_BD.shape != found_BD.shape:
             raise ExportError(f"expected embeddings {tuple(expected_BD.shape)}, the file gives {tuple(found_BD.shape)}")
-        worst = max(worst, float((expected_BD - found_BD).abs().nan_to_num(torch.inf).max()))
+        length_B1 = expected_BD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+        worst = max(worst, float(((expected_BD - found_BD).abs() / length_B1).nan_to_num(torch.inf).max()))
     if worst > LIMIT:
         raise ExportError(
             f"expected what the backbone gives, to {LIMIT:g} in unit embeddings; the file differs by {worst:.1e}: "
@@ -63,7 +66,3 @@ def _batches() -> Iterator[npt.NDArray[np.uint8]]:
         for size in BATCHES:
             yield half[start : start + size]
             start += size
-
-
-def _unit(x_BD: Tensor) -> Tensor:
-    return nn.functional.normalize(x_BD.double())

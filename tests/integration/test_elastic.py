@@ -33,9 +33,9 @@ MOVES = [(1, 5), (2, 11), (4, 14), (3, 21), (1, STEPS)]
 """Ranks, and the step at which they stop; 11 and 21 lie within refreshes."""
 
 
-def _toy(_: str, *, embedding_size: int) -> Backbone:
+def _toy(_: str, *, embedding_size: int, recompute: float) -> Backbone:
     torch.manual_seed(3)
-    assert embedding_size == 6
+    assert (embedding_size, recompute) == (6, 0)
     return Toy()
 
 

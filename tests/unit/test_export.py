@@ -243,9 +243,9 @@ class _Shifted(nn.Module):
         self.backbone, self.shift = backbone, shift
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        unit = nn.functional.normalize(self.backbone(x).double())
-        unit[:, 0] += self.shift
-        return unit
+        x_BD = self.backbone(x).double()
+        x_BD[:, 0] += self.shift * x_BD.norm(dim=1)
+        return x_BD
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.5, True), (1.5, False)])
@@ -253,10 +253,17 @@ def test_the_limit_is_where_it_is_stated(exported: Path, backbone: Backbone, sha
     found = open_onnx(exported)
     network = _Shifted(backbone, share * LIMIT)
     if passes:
-        assert worst_difference(network, found) == pytest.approx(share * LIMIT, rel=0.1)
+        assert worst_difference(network, found, unit=False) == pytest.approx(share * LIMIT, rel=0.1)
     else:
         with pytest.raises(ExportError, match=r"differs by 1.[345]e-04"):
-            worst_difference(network, found)
+            worst_difference(network, found, unit=False)
+
+
+def test_a_file_of_another_length_is_refused(exported: Path, backbone: Backbone) -> None:
+    with pytest.raises(ExportError, match="the file differs by"):
+        worst_difference(lambda x_B3HW: 1.001 * backbone(x_B3HW), open_onnx(exported), unit=False)
+    with pytest.raises(ExportError, match="the file differs by"):
+        worst_difference(backbone, open_onnx(exported), unit=True)
 
 
 def test_int8_that_is_far_off_is_refused_but_for_force(

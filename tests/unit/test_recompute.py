@@ -93,6 +93,18 @@ def test_statistics_move_once() -> None:
     assert set(counts.values()) == {1}
 
 
+def test_a_batch_norm_that_is_set_to_evaluation_keeps_its_own() -> None:
+    found = []
+    for share in (0, 1):
+        backbone = _build("small", share)
+        frozen = backbone.blocks[0].bn1
+        frozen.eval()
+        frozen.running_mean.fill_(0.2)
+        found.append(_trained(backbone, steps=2))
+    assert _differing(*found) == []
+    assert (found[1]["buffer blocks.0.bn1.running_mean"] == 0.2).all()
+
+
 def test_the_tensors_of_the_statistics_are_the_same_ones() -> None:
     """`training.undo` and DDP hold on to them; also after a backward that fails."""
     backbone = _build("small", 1)
