@@ -53,6 +53,7 @@ bench-gpu: $(STAMP)  ## the same on GPUs, up to 29 million identities, with resu
 	@$(BIN)/python -m benchmarks.service_step --device cuda --out $(RESULTS)/service-step_$(ON_GPU).md
 	@$(BIN)/python -m benchmarks.optim --device cuda --batch 128 --classes 360232 2059906 --repeats 10 --warmup 3 \
 		--out $(RESULTS)/optim_$(ON_GPU).md
+	@$(BIN)/python -m benchmarks.backbones --device cuda --compile --out $(RESULTS)/backbones_$(ON_GPU).md
 	@[ $(GPUS) -lt 2 ] || $(BIN)/python -m benchmarks.collectives --device cuda --ranks $(GPUS) \
 		--out $(RESULTS)/collectives_$(ON_GPU).md
 
