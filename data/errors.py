@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def said(error: BaseException) -> str:
+    """What an error says, in a line; its kind, where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class DataError(ValueError):
     """Data on disk are missing or not as expected; one line: which file, what was expected, found, and what to do."""
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.decode import check_image
-from data.errors import DataError
+from data.errors import DataError, said
 from data.synthetic import DIFFICULTY_SPREAD, SyntheticFaces
 
 IMAGE_SIZE = 112
@@ -95,7 +95,7 @@ class FolderSource:
         """
         try:
             names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-            files = tuple(tuple(sorted(filter(_is_image, os.listdir(folder / name)))) for name in names)
+            files = tuple(tuple(sorted(filter(is_image, os.listdir(folder / name)))) for name in names)
         except OSError as error:
             raise DataError(f"{error.filename}: cannot read it ({error.strerror}): expected a folder") from None
         if not names:
@@ -137,7 +137,8 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file of that name is taken for an image; those that begin with a dot are not."""
     return name.lower().endswith(_SUFFIXES) and not name.startswith(".")
 
 
@@ -171,8 +172,7 @@ def encode_image(content: bytes) -> bytes:
     except MemoryError:
         raise
     except Exception as error:  # PIL's decoders raise many kinds, and struct.error, TypeError and others for EXIF
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"expected a JPEG or PNG image that can be read whole: {said:.300}") from None
+        raise ValueError(f"expected a JPEG or PNG image that can be read whole: {said(error):.300}") from None
     encoded = io.BytesIO()
     fitted.save(encoded, "JPEG", quality=_QUALITY, subsampling=0)
     return encoded.getvalue()

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from data.errors import DataError, said
 from data.files import appearing
 
 _HASHING = pickle.SETITEM + pickle.SETITEMS + pickle.DICT + pickle.ADDITEMS + pickle.FROZENSET
@@ -45,8 +45,7 @@ def read_bin(path: Path) -> VerificationSet:
     except OSError as error:
         raise DataError(f"{path}: cannot read it ({error.strerror}): expected a verification set (.bin)") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: expected a pickle of encoded images and booleans: {reason:.200}") from None
+        raise DataError(f"{path}: expected a pickle of encoded images and booleans: {said(error):.200}") from None
     if not isinstance(content, tuple | list) or len(content) != 2:
         raise DataError(f"{path}: expected a pair (images, same), found {type(content).__name__}")
     images = [_encoded(path, number, image) for number, image in enumerate(_items(path, "images", content[0]))]

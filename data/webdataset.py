@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from data.errors import DataError, said
 from data.files import check_same, read_spans
 from data.sources import encode_image
 
@@ -127,8 +127,7 @@ def _samples(path: Path) -> Iterator[tuple[int, int, int]]:
     except DataError:
         raise
     except (tarfile.TarError, OSError, EOFError, *_CRAFTED) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{path}: cannot read it as an uncompressed tar file ({said:.300})") from None
+        raise DataError(f"{path}: cannot read it as an uncompressed tar file ({said(error):.300})") from None
     if odd := sorted(images.keys() ^ classes.keys()):
         lacks = "an image" if odd[0] in classes else "a .cls file"
         raise DataError(

@@ -21,16 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from backbones import IMAGE_SIZE, Backbone, build_backbone, normalise_pixels
-from data.decode import DecodeError
-from data.errors import DataError
-from data.prefetch import prefetch
-from data.recordio import RecordError
+from backbones import Backbone, build_backbone, normalise_pixels
+from data.errors import DataError, said
+from evaluation.decoding import decoded
 from evaluation.embed_output import Output
 from evaluation.embed_sources import Source
 from sharding import shard_of
 
-_AHEAD = 2
 NAMED = 10
 """Images that do not decode and are named."""
 
@@ -64,9 +61,8 @@ def load_backbone(name: str, *, embedding_size: int, weights: Path) -> Backbone:
     try:
         backbone.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        said = " ".join(str(error).split())
         raise EmbedError(
-            f"{weights}: expected the weights of {name} with {embedding_size} components: {said:.240}: "
+            f"{weights}: expected the weights of {name} with {embedding_size} components: {said(error):.240}: "
             "name the backbone and size that they were trained with, or the run's folder with --run"
         ) from None
     return backbone.eval()
@@ -97,7 +93,7 @@ def _reason(error: Exception) -> str:
         return f"it names {named[1]}, which is refused"
     if isinstance(error, pickle.UnpicklingError):
         return "what is pickled in it is no plain weights"
-    return " ".join(str(error).split()) or type(error).__name__
+    return said(error)
 
 
 def _refuse_compressed(weights: Path) -> None:
@@ -182,16 +178,6 @@ def _together(found: _Found, group: dist.ProcessGroup, device: torch.device) -> 
     return Embedded(bad, not_finite, tuple(row - 1 for row in named if row)[:NAMED])
 
 
-class _Draft:
-    """Room for the pixels of one batch."""
-
-    def __init__(self, samples: range, *, pinned: bool) -> None:
-        self.samples = samples
-        self.images_BHW3 = torch.zeros(len(samples), *IMAGE_SIZE, 3, dtype=torch.uint8, pin_memory=pinned)
-        self.pixels_BHW3 = self.images_BHW3.numpy()
-        self.bad_B = np.zeros(len(samples), dtype=bool)
-
-
 def _embedded(
     backbone: Backbone,
     source: Source,
@@ -205,17 +191,11 @@ def _embedded(
     """The rows of this rank, (B, D) of a batch at a time; what is odd is added to `found`."""
     device = next(backbone.parameters()).device
 
-    def decode(draft: _Draft, rows: range) -> None:
-        for row in rows[: max(0, len(draft.samples) - rows.start)]:
-            try:
-                source.decode(draft.samples[row], draft.pixels_BHW3[row])
-            except (DecodeError, RecordError):  # but not that a disk or store does not give it: then all ends
-                draft.bad_B[row] = True
-
     batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
-    drafts = (_Draft(samples, pinned=device.type == "cuda") for samples in batches)
-    with contextlib.closing(prefetch(drafts, decode, rows=batch_size, threads=threads, ahead=_AHEAD)) as decoded:
-        for draft in decoded:
+    pinned = device.type == "cuda"
+    drafts = decoded(source.decode, batches, batch_size=batch_size, threads=threads, pinned=pinned)
+    with contextlib.closing(drafts):
+        for draft in drafts:
             rows_BD = _embed(backbone, draft.images_BHW3.to(device, non_blocking=True), dtype, raw)
             finite_B = np.isfinite(rows_BD).all(axis=1)
             rows_BD[draft.bad_B | ~finite_B] = 0

@@ -18,22 +18,23 @@ from backbones import IMAGE_SIZE
 from data.decode import DecodeError, Pixels, decode_image
 from data.errors import DataError
 from data.pack import every_image
-from data.recordio import Where
 from data.records import RecordSet
-from data.sources import FolderSource, encode_image
+from data.sources import FolderSource, encode_image, is_image
 from data.verification_bin import read_bin
 from evaluation.embedding_files import Ints
 
 Sidecars = dict[str, "bytes | Ints"]
 """What says which image a row is of, by the end of a file's name: a text, or an array for a .npy."""
-_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class Source(Protocol):
-    """N images. stamp: a number that tells apart what else would be taken for the same on two ranks."""
+    """N images."""
 
     where: str
-    stamp: int
+
+    @property
+    def stamp(self) -> int:
+        """Tells apart what else would be taken for the same on two ranks."""
 
     def __len__(self) -> int: ...
 
@@ -50,16 +51,20 @@ class Source(Protocol):
 class RecordImages:
     """The samples of a record set."""
 
-    def __init__(self, folder: Where) -> None:
-        """Raises DataError for what is no set, and for images of another size than 112 x 112."""
-        self._records = RecordSet.open(folder)
-        self.where, self.stamp = self._records.address, _stamp(self._records.labels)
-        if self._records.image_size != IMAGE_SIZE:
-            height, width = self._records.image_size
+    def __init__(self, records: RecordSet) -> None:
+        """Raises DataError for images of another size than 112 x 112."""
+        self._records, self.where = records, records.address
+        if records.image_size != IMAGE_SIZE:
+            height, width = records.image_size
             raise DataError(
                 f"{self.where}: expected images of {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} pixels, property states "
                 f"{height} x {width}"
             )
+
+    @property
+    def stamp(self) -> int:
+        """See `Source`."""
+        return _stamp(self._records.labels)
 
     def __len__(self) -> int:
         return self._records.num_samples
@@ -78,8 +83,13 @@ class PairImages:
 
     def __init__(self, path: Path) -> None:
         """Raises DataError."""
-        self._images, same = read_bin(path)
-        self.where, self.stamp = str(path), _stamp(np.array([len(image) for image in self._images]), np.asarray(same))
+        self._images, self._same = read_bin(path)
+        self.where = str(path)
+
+    @property
+    def stamp(self) -> int:
+        """See `Source`."""
+        return _stamp(np.array([len(image) for image in self._images]), np.asarray(self._same))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -172,7 +182,7 @@ def _listed(folder: Path) -> tuple[tuple[str, ...], bool]:
     try:
         with os.scandir(folder) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(".")]
-        loose = (e.name for e in shown if e.name.lower().endswith(_SUFFIXES) and not e.is_dir())
+        loose = (e.name for e in shown if is_image(e.name) and not e.is_dir())
         return tuple(sorted(loose)), any(entry.is_dir() for entry in shown)
     except OSError as error:
         raise DataError(f"{folder}: cannot read it ({error.strerror}): expected a folder of images") from None

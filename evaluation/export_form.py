@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import IMAGE_SIZE, Backbone, normalise_pixels
-from data.errors import DataError
+from data.errors import DataError, said
 
 INPUT, OUTPUT = "images", "embeddings"
 """Names in an ONNX file."""
@@ -82,12 +82,9 @@ def needed(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ExportError(f"expected the package {module}: {said(error)}: pip install 'clusterface[export]'") from None
-
-
-def said(error: Exception) -> str:
-    """By an error of a package, in a line."""
-    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
+        raise ExportError(
+            f"expected the package {module}: {said(error):.200}: pip install 'clusterface[export]'"
+        ) from None
 
 
 def _own_version() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +19,14 @@ import numpy.typing as npt
 import torch
 
 from backbones import IMAGE_SIZE, normalise_pixels
-from data.decode import DecodeError, decode_image
-from data.errors import DataError
+from data.decode import DecodeError
+from data.errors import DataError, said
 from data.recordio import RecordError
 from data.records import RecordSet
-from evaluation.export_form import INPUT, ExportError, Form, needed, said
+from evaluation.embed_sources import RecordImages
+from evaluation.export_form import INPUT, ExportError, Form, needed
 from evaluation.export_run import FileBackbone
-from evaluation.export_write import check_onnx
+from evaluation.export_write import check_onnx, quiet
 
 Pixels = npt.NDArray[np.uint8]
 LEAST_MEAN, LEAST = 0.98, 0.9
@@ -58,18 +58,14 @@ def draw_images(records: RecordSet, count: int) -> Drawn:
 
     Images that do not decode are passed over. Raises DataError when there are too few, or of another size.
     """
-    if records.image_size != IMAGE_SIZE:
-        raise DataError(
-            f"{records.address}: expected images of {IMAGE_SIZE[0]} x {IMAGE_SIZE[1]} pixels, property states "
-            f"{records.image_size[0]} x {records.image_size[1]}"
-        )
+    images = RecordImages(records)
     pixels = np.empty((2 * count, *IMAGE_SIZE, 3), np.uint8)
     found = bad = 0
     for sample in np.random.default_rng(_SEED).permutation(records.num_samples).tolist():
         if found == len(pixels):
             break
         try:
-            decode_image(records.image(sample)[1], IMAGE_SIZE, out=pixels[found])
+            images.decode(sample, pixels[found])
             found += 1
         except (DecodeError, RecordError):
             bad += 1
@@ -102,11 +98,12 @@ def quantise(source: Path, target: Path, images_NHW3: Pixels, form: Form) -> Non
         "calibrate_method": tools.CalibrationMethod.Percentile,
         "extra_options": {"CalibPercentile": _PERCENTILE, "CalibStridedMinMax": 1},
     }
-    with _quiet():
+    # It prints what it does, and warns that its own preparation was left out, which changes nothing here.
+    with quiet(""), contextlib.redirect_stdout(io.StringIO()):
         try:
             tools.quantize_static(model, str(target), _Reader(images_NHW3, form), **settings)
         except Exception as error:  # of no common class
-            raise ExportError(f"onnxruntime cannot quantise this backbone: {said(error)}") from None
+            raise ExportError(f"onnxruntime cannot quantise this backbone: {said(error):.200}") from None
     check_onnx(target)
 
 
@@ -138,15 +135,3 @@ class _Reader:
     def get_next(self) -> dict[str, npt.NDArray[Any]] | None:
         images_BHW3 = next(self._left, None)
         return None if images_BHW3 is None else {INPUT: self._form.input_of(torch.from_numpy(images_BHW3)).numpy()}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """onnxruntime prints what it does, and warns that its own preparation was left out, which changes nothing here."""
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.getLogger().setLevel(level)

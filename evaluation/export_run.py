@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from backbones import IMAGE_SIZE, Backbone
-from evaluation.export_form import ExportError, Form, needed, said
+from data.errors import said
+from evaluation.export_form import ExportError, Form, needed
 
 Run = Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]
 _TAKEN = {
@@ -60,7 +61,7 @@ def open_onnx(path: Path) -> FileBackbone:
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common class
-        raise ExportError(f"{path}: expected an ONNX file that onnxruntime reads: {said(error)}") from None
+        raise ExportError(f"{path}: expected an ONNX file that onnxruntime reads: {said(error):.200}") from None
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1:
         raise ExportError(f"{path}: expected one input and one output, found {len(inputs)} and {len(outputs)}")
@@ -78,7 +79,7 @@ def open_onnx(path: Path) -> FileBackbone:
         try:
             return np.asarray(session.run(None, {taken.name: images})[0])
         except Exception as error:
-            raise ExportError(f"{path}: onnxruntime cannot run it: {said(error)}") from None
+            raise ExportError(f"{path}: onnxruntime cannot run it: {said(error):.200}") from None
 
     return FileBackbone(run, embedding_size=size, form=Form(pixels=taken.type == "tensor(uint8)"))
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from evaluation.export_form import INPUT, OUTPUT, Deployed, ExportError, example, needed, said
+from data.errors import said
+from evaluation.export_form import INPUT, OUTPUT, Deployed, ExportError, example, needed
 
 OPSET = 20
 """The one that torch's exporter recommends; onnxruntime reads it from 1.17 on."""
@@ -51,7 +52,7 @@ def write_onnx(network: Deployed, path: Path, about: Mapping[str, str]) -> None:
                 verbose=False,
             )
         except Exception as error:  # of a model of others: nearly anything
-            raise ExportError(f"torch cannot export this backbone as ONNX: {said(error)}") from None
+            raise ExportError(f"torch cannot export this backbone as ONNX: {said(error):.200}") from None
         _forget_sources(program.model)
         program.model.metadata_props.update(about)
         program.save(path, external_data=weights_apart(network))
@@ -63,7 +64,7 @@ def check_onnx(path: Path) -> None:
     try:
         needed("onnx").checker.check_model(str(path), full_check=True)
     except Exception as error:  # of no common class
-        raise ExportError(f"onnx refuses what was exported: {said(error)}") from None
+        raise ExportError(f"onnx refuses what was exported: {said(error):.200}") from None
 
 
 def write_program(network: Deployed, path: Path, about: Mapping[str, str]) -> None:
@@ -73,7 +74,7 @@ def write_program(network: Deployed, path: Path, about: Mapping[str, str]) -> No
         try:
             program = torch.export.export(network, (example(network.form),), dynamic_shapes=shapes)
         except Exception as error:
-            raise ExportError(f"torch cannot export this backbone: {said(error)}") from None
+            raise ExportError(f"torch cannot export this backbone: {said(error):.200}") from None
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # paths of this machine
         torch.export.save(program, path, extra_files=dict(about))
@@ -101,16 +102,21 @@ def _frozen(network: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters tell a user things that are for their own authors."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+def quiet(*names: str) -> Iterator[None]:
+    """These loggers say errors alone: exporters tell a user things that are for their own authors."""
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with quiet("torch.onnx", "torch.export", "onnxscript", "onnx_ir"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -43,6 +43,11 @@ class Started:
         paths = (self._folder / f"{name}{rank}" for rank in range(len(self.pids)))
         return "".join(path.read_text(encoding="utf-8") for path in paths if path.exists())
 
+    def is_running(self) -> bool:
+        """Whether no rank has ended."""
+        stats = (Path(f"/proc/{pid}/stat").read_text() for pid in self.pids)
+        return all(stat.rpartition(")")[2].split()[0] != "Z" for stat in stats)
+
     def wait(self, timeout: float) -> Done:
         """What all ranks printed, rank 0's first, and the exit code of the first to fail. Past the time limit none is
         left, and TimeoutExpired is raised.

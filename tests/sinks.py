@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from configs.load import load_config
 from data.contact_sheet import Pixels
 from training.sinks import Sinks, build_sinks
 
+Report = Callable[..., Sinks]
+"""`begin` in a folder of the test, its lines in the fixture `lines`."""
 ODD = {"loss/total": 1.5, "verification/lfw é/tar@far=1e-3": 0.25, "verification/lfw_é/tar@far=1e-3": 0.75}
 """Tags with signs that places refuse, two of which are alike without them."""
 NOT_FINITE = {"a/nan": math.nan, "a/inf": math.inf, "a/low": -math.inf}

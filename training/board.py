@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from backbones import Backbone
@@ -13,16 +14,24 @@ from training.gallery import Gallery
 from training.metrics import RunLog
 from training.profiling import StepProfiler
 from training.projector import Projector
+from training.verify import NamedSet
 
 
 class Board:
     """All ranks make one, after a resumed run has its state, and call it alike. Nothing in it can end a run."""
 
     def __init__(
-        self, config: RunConfig, records: RecordSet, service: ClusterService | None, ranks: Ranks, output: Path
+        self,
+        config: RunConfig,
+        records: RecordSet,
+        sets: Sequence[NamedSet],
+        service: ClusterService | None,
+        ranks: Ranks,
+        output: Path,
     ) -> None:
+        """sets: for verification."""
         self._gallery = Gallery(records, service, ranks, classes=config.tensorboard.sheet_classes)
-        self._projector = Projector(config, records, ranks)
+        self._projector = Projector(config, sets, ranks)
         self._profiler = StepProfiler(config.profile, ranks, output)
 
     def after_step(self, step: int, log: RunLog) -> None:
@@ -37,4 +46,4 @@ class Board:
     def close(self, step: int, log: RunLog) -> None:
         """The run ends, be it done or not. No collective."""
         self._profiler.close(step, log)
-        self._gallery.close(log)
+        self._gallery.close()

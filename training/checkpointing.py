@@ -10,11 +10,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from configs.schema import TrainConfig
 from partial_fc.collectives import extremes
+from sharding import Rows
 from training.checkpoint import CheckpointError, Checkpoints, DamagedError, Saved, Saver, Written, place_of
 from training.checkpoint.folder import LATEST, NONE, folder_of
 from training.checkpoint.manifest import Facts
+from training.checkpoint.places import Place
 from training.checkpoint.same_run import refuse_another_run
 from training.distributed import Ranks, is_restart
 from training.metrics import RunLog
@@ -27,14 +31,18 @@ _MOST_FAILURES = 2
 """Saves that fail in a row before the training ends: one may be a file system's bad minute."""
 
 
+def place_for(config: TrainConfig) -> Place:
+    """Where the checkpoints of a run are. Raises CheckpointError for an address that nothing here can reach."""
+    return place_of(config.checkpoints or os.path.join(config.output, "checkpoints"))
+
+
 class RunCheckpoints:
     """All ranks make one and call it alike."""
 
     def __init__(self, config: TrainConfig, ranks: Ranks, state: RunState, settings: dict[str, dict[str, Any]]) -> None:
         """settings: with the facts that must agree, see `refuse_another_run`. One all-reduce."""
         self._ranks, self._state, self._settings = ranks, state, settings
-        place = place_of(config.checkpoints or os.path.join(config.output, "checkpoints"))
-        self.folder = Checkpoints(place, keep=config.keep_checkpoints, keep_best=config.keep_best)
+        self.folder = Checkpoints(place_for(config), keep=config.keep_checkpoints, keep_best=config.keep_best)
         _, newest = extremes(int.from_bytes(os.urandom(6), "big"), ranks.group, ranks.device)
         self._token = self._run = f"{newest:012x}"
         self._saver = Saver(self.folder, ranks, self._token)
@@ -126,6 +134,12 @@ class RunCheckpoints:
                 "it on a file system that all hosts share"
             )
 
+    def collect(self, step: int, values: dict[str, Any]) -> tuple[dict[str, Rows | Tensor], Facts]:
+        """The state after `step` steps as a checkpoint has it. No collective. values: see `save`."""
+        tensors, state = self._state.collect()
+        held = {"settings": self._settings, "state": state, "run": values}
+        return tensors, Facts(step=step, run=self._run, values=held)
+
     def save(self, step: int, values: Callable[[], dict[str, Any]], log: RunLog, *, last: bool = False) -> None:
         """Begin to save the state after `step` steps, unless it is saved; `last`: wait until it counts. No collective.
 
@@ -136,10 +150,8 @@ class RunCheckpoints:
         self._heard(self._saver.finish(), log)  # ranks may have heard of it at different times: now all have
         self._refuse(_MOST_FAILURES)
         if step != self._saved:
-            tensors, state = self._state.collect()
-            held = {"settings": self._settings, "state": state, "run": values()}
+            tensors, facts = self.collect(step, values())
             evaluated, score = self._evaluation
-            facts = Facts(step=step, run=self._run, values=held)
             if evaluated == step:
                 facts = replace(facts, score=score, evaluated=True)
             self._saver.save(tensors, facts)

@@ -15,24 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.embed_records import EmbedError, read_weights
 from evaluation.embedding_files import map_array
 from training.checkpoint import CheckpointError, Saved
 from training.class_map import ClassMap
 from training.safetensors_file import read_tensors
+from training.weight_files import read_state
 
 BLOCK = 1 << 15
 """Rows that are in memory at a time."""
 _EXPORTED = "centres"
 """Name of the tensor in a file that `python -m training checkpoint export` wrote."""
-
-
-def read_file(path: Path, *, lazily: bool) -> Any:
-    """What torch.save wrote, as `read_weights` reads it. Raises CheckpointError."""
-    try:
-        return read_weights(path, lazily=lazily)
-    except EmbedError as error:
-        raise CheckpointError(str(error)) from None
 
 
 class Centres(Protocol):
@@ -99,7 +91,7 @@ class FileCentres:
         if path.suffix == ".npy":
             matrix_CD = map_array(path, kinds="f", dimensions=2, what="class centres, floating point (classes, D)")
             return cls(path, matrix_CD, *matrix_CD.shape)
-        found: Any = read_tensors(path) if path.suffix == ".safetensors" else read_file(path, lazily=True)
+        found: Any = read_tensors(path) if path.suffix == ".safetensors" else read_state(path, lazily=True)
         centres_CD = found.get(_EXPORTED) if isinstance(found, dict) else None
         if not isinstance(centres_CD, Tensor) or centres_CD.dim() != 2 or not centres_CD.is_floating_point():
             raise CheckpointError(

@@ -5,7 +5,6 @@ Legend: N samples, n chosen ones, C classes, B batch, c classes in a batch, D co
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,15 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones import IMAGE_SIZE, Backbone
-from data.decode import DecodeError, decode_image
-from data.prefetch import prefetch
-from data.recordio import RecordError
+from backbones import Backbone
 from data.records import RecordSet
+from evaluation.decoding import decoded
 from evaluation.embed import embed_images
+from evaluation.embed_sources import RecordImages
 from training.class_map import Ints
-
-_AHEAD = 2
 
 
 class Embedded(NamedTuple):
@@ -81,7 +77,8 @@ def write_means(
         has_centre_C[kept.numpy()] = True
 
     last, last_sum_D = -1, torch.empty(0)
-    for batch in _decoded(records, samples, batch_size, threads):
+    batches = _batches(records, samples, batch_size)
+    for batch in decoded(RecordImages(records).decode, batches, batch_size=batch_size, threads=threads):
         x_BD = torch.zeros(len(batch.samples), weight_CD.shape[1], dtype=torch.float64)
         good_b = np.flatnonzero(~batch.bad_B)
         if len(good_b):
@@ -106,25 +103,8 @@ def write_means(
     return Embedded(images=done - bad, bad=bad, without=int((is_wanted_C & ~has_centre_C).sum()))
 
 
-class _Batch(NamedTuple):
-    samples: Ints
-    pixels_BHW3: npt.NDArray[np.uint8]
-    bad_B: npt.NDArray[np.bool_]
-
-
-def _decoded(records: RecordSet, samples: Ints, batch_size: int, threads: int) -> Iterator[_Batch]:
-    def decode(batch: _Batch, rows: range) -> None:
-        for row in rows[: max(0, len(batch.samples) - rows.start)]:
-            try:
-                decode_image(records.image(int(batch.samples[row]))[1], IMAGE_SIZE, out=batch.pixels_BHW3[row])
-            except (DecodeError, RecordError):
-                batch.bad_B[row] = True
-
-    def batches() -> Iterator[_Batch]:
-        for start in range(0, len(samples), batch_size):
-            some = samples[start : start + batch_size]
-            records.ahead(some)
-            yield _Batch(some, np.zeros((len(some), *IMAGE_SIZE, 3), np.uint8), np.zeros(len(some), np.bool_))
-
-    with contextlib.closing(prefetch(batches(), decode, rows=batch_size, threads=threads, ahead=_AHEAD)) as decoded:
-        yield from decoded
+def _batches(records: RecordSet, samples: Ints, batch_size: int) -> Iterator[list[int]]:
+    for start in range(0, len(samples), batch_size):
+        some = samples[start : start + batch_size]
+        records.ahead(some)
+        yield some.tolist()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from data.decode import decode_image
 from data.errors import DataError
 from data.records import RecordSet
 from training.distributed import Ranks
+from training.drawing import Drawing
 from training.metrics import RunLog
 
 _IMAGES = 8
@@ -43,7 +43,6 @@ def _image(records: RecordSet, sample: int) -> Pixels:
 
 
 class _Sheets(NamedTuple):
-    step: int
     hardest: Pixels
     easiest: Pixels
 
@@ -59,45 +58,35 @@ class Gallery:
         self._records, self._ranks, self._classes = records, ranks, classes
         self._service = service if classes else None
         self._shown = 0 if service is None else service.version
-        self._thread: threading.Thread | None = None
-        self._sheets: _Sheets | None = None
-        self._error = ""
+        self._drawing = Drawing[_Sheets]("gallery")
 
     def after_step(self, step: int, log: RunLog) -> None:
         """Have the sheets of a new version drawn, and log those that are. One all-reduce where there is a new one."""
         if self._service is None:
             return
-        if self._thread is not None and not self._thread.is_alive():
-            self._tell(log)
+        self._drawing.show()
         if self._service.version == self._shown:
             return
-        self._shown = self._service.version
+        self._shown = version = self._service.version
         classes = self._service.easiest_and_hardest(self._classes)
-        if self._ranks.is_main and classes and self._thread is None:
-            self._thread = threading.Thread(target=self._draw, args=(step, classes), name="gallery", daemon=True)
-            self._thread.start()
+        if self._ranks.is_main and classes and self._drawing.is_idle:
+            self._drawing.begin(lambda: self._sheets(classes), lambda drawn: _tell(drawn, step, version, log))
 
-    def close(self, log: RunLog) -> None:
+    def close(self) -> None:
         """Log what is still being drawn; of what takes long, nothing."""
-        if self._thread is not None:
-            self._thread.join(_PATIENCE_S)
-            if not self._thread.is_alive():
-                self._tell(log)
+        self._drawing.close(within=_PATIENCE_S)
 
-    def _draw(self, step: int, classes: Sequence[ClassReport]) -> None:
+    def _sheets(self, classes: Sequence[ClassReport]) -> _Sheets:
         easiest, hardest = classes[: self._classes], classes[::-1][: self._classes]
-        try:
-            sheets = (class_sheet(self._records, rows, _IMAGES) for rows in (hardest, easiest))
-            self._sheets = _Sheets(step, *sheets)
-        except Exception as error:  # in a thread: whatever it is, it is told of by the main one
-            self._error = f"{type(error).__name__}: {error}"
+        return _Sheets(*(class_sheet(self._records, rows, _IMAGES) for rows in (hardest, easiest)))
 
-    def _tell(self, log: RunLog) -> None:
-        self._thread = None
-        sheets, error = self._sheets, self._error
-        self._sheets, self._error = None, ""
-        if sheets is None:
-            log.say(f"contact sheets of version {self._shown} of the clusters could not be drawn ({error})")
-            return
-        log.image(sheets.step, "clusters/hardest", sheets.hardest)
-        log.image(sheets.step, "clusters/easiest", sheets.easiest)
+
+def _tell(drawn: Callable[[], _Sheets], step: int, version: int, log: RunLog) -> None:
+    try:
+        sheets = drawn()
+    except Exception as error:  # whatever it is, training goes on
+        why = f"{type(error).__name__}: {error}"
+        log.say(f"contact sheets of version {version} of the clusters could not be drawn ({why})")
+        return
+    log.image(step, "clusters/hardest", sheets.hardest)
+    log.image(step, "clusters/easiest", sheets.easiest)

@@ -88,7 +88,7 @@ class RunLog:
             self.attempt("tensorboard", self._writer.close)
         self._sinks.close(failed=failed or sys.exc_info()[0] is not None)
 
-    def attempt(self, what: str, write: Callable[[], None]) -> bool:
+    def attempt(self, what: str, write: Callable[[], object]) -> bool:
         """Write something, and say it if that is not possible: whether it was."""
         if not self.active:
             return False

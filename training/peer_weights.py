@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from backbones import build_backbone, names
-from evaluation.embed_records import EmbedError, read_weights
 from sharding import shard_of
 from training.checkpoint import CheckpointError
-from training.weight_files import write_rows, write_weights
+from training.weight_files import read_state, write_rows, write_weights
 
 _RANK_FILE = re.compile(
     r"(softmax_fc_gpu_|checkpoint_gpu_|rank[_:](?=\d+_softmax_weight))(\d{1,5})(?:_softmax_weight)?\.pt"
@@ -44,7 +43,7 @@ class Weights(NamedTuple):
 
 def backbone_weights(path: Path) -> Weights:
     """Raises CheckpointError, one line, unless the file holds all weights of a backbone that there is here."""
-    state = _read(path)
+    state = read_state(path)
     found = state.get("state_dict_backbone", state) if isinstance(state, dict) else state
     if not (isinstance(found, dict) and found and all(isinstance(v, Tensor) for v in found.values())):
         raise CheckpointError(f"{path}: expected the weights of a backbone, tensors by name, found {_kind(found)}")
@@ -158,7 +157,7 @@ def _files(places: Sequence[Path]) -> list[Path]:
 
 
 def _centres(path: Path, *, lazily: bool) -> Tensor:
-    found = state = _read(path, lazily=lazily)
+    found = state = read_state(path, lazily=lazily)
     if isinstance(state, dict):
         found = state.get("state_dict_softmax_fc", state)
         found = found.get("weight") if isinstance(found, dict) else found
@@ -171,13 +170,6 @@ def _centres(path: Path, *, lazily: bool) -> Tensor:
 
 def _kind(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _read(path: Path, *, lazily: bool = False) -> Any:
-    try:
-        return read_weights(path, lazily=lazily)
-    except EmbedError as error:
-        raise CheckpointError(str(error)) from None
 
 
 def write_centres(heads: Heads, out: Path) -> None:

@@ -17,12 +17,11 @@ from torch.nn.functional import normalize
 from backbones import IMAGE_SIZE, Backbone
 from configs.schema import RunConfig
 from data.decode import decode_image
-from data.records import RecordSet
 from data.verification_bin import VerificationSet
 from evaluation.embed import embed_images
-from evaluation.pairs import read_pairs
 from training.distributed import Ranks
 from training.metrics import RunLog
+from training.verify import NamedSet
 
 _SPRITE = 32
 """Pixels of a picture's side: the projector draws it hardly larger, and takes 8192 in all."""
@@ -72,25 +71,23 @@ def sprites(images: Sequence[bytes]) -> Tensor:
 class Projector:
     """Gives TensorBoard the embeddings of the first verification set, once, at the end of a run.
 
-    All ranks make it alike, after `training.verify.Verification` has found the set well.
+    All ranks make it alike.
     """
 
-    def __init__(self, config: RunConfig, records: RecordSet, ranks: Ranks) -> None:
+    def __init__(self, config: RunConfig, sets: Sequence[NamedSet], ranks: Ranks) -> None:
+        """sets: those of the run."""
         self._ranks, self._batch_size, self._bf16 = ranks, config.eval.batch_size, config.train.precision == "bf16"
-        self._chosen: Chosen | None = None
-        if config.eval.sets and config.tensorboard.projector_images:
-            path = records.file(config.eval.sets[0])
-            self._name = path.stem
-            self._chosen = choose(read_pairs(path), config.tensorboard.projector_images)
+        self._count, self._sets = config.tensorboard.projector_images, sets
 
     def show(self, backbone: Backbone, step: int, log: RunLog) -> None:
         """After an evaluation of the same weights, which has made the ranks' BatchNorm statistics equal.
 
         Every rank takes part, rank 0 writes. One all-gather.
         """
-        if self._chosen is None:
+        if not self._sets or not self._count:
             return
-        images, persons = self._chosen
+        name, pairs = self._sets[0]
+        images, persons = choose(pairs, self._count)
         with torch.autocast(self._ranks.device.type, dtype=torch.bfloat16, enabled=self._bf16):
             x_ND = embed_images(
                 backbone,
@@ -102,6 +99,6 @@ class Projector:
         if self._ranks.is_main:
             try:
                 unit_ND = normalize(x_ND.double()).cpu().numpy().round(_DIGITS)
-                log.embedding(step, unit_ND, persons, self._name, sprites(images))
+                log.embedding(step, unit_ND, persons, name, sprites(images))
             except Exception as error:  # memory, or a file system that TensorBoard reaches by other means
                 log.say(f"no embedding projector ({type(error).__name__}: {error})")

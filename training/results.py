@@ -24,17 +24,13 @@ from training.weight_files import write_weights
 def introduce(log: RunLog, config: RunConfig, records: RecordSet, ranks: Ranks, output: Path) -> None:
     """Write config.yaml, and tell the log what is trained on what."""
     settings = to_yaml(config)
-    log.attempt("config.yaml", lambda: _write(output / "config.yaml", settings))
+    log.attempt("config.yaml", lambda: (output / "config.yaml").write_text(settings, encoding="utf-8"))
     log.text("config", f"```yaml\n{settings}```")
     log.text("versions", f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}")
     log.say(
         f"{records.num_samples} images of {records.num_classes} identities ({records.layout} records), "
         f"{ranks.world_size} rank(s) on {ranks.device.type}"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def write_results(output: Path, backbone: nn.Module, hardest: Sequence[ClassReport] | None) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.errors import said
 from training.checkpoint import CheckpointError
 from training.checkpoint.manifest import DTYPES
 
@@ -34,8 +35,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read it ({error.strerror or error}): expected tensors") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: damaged, or not a file of safetensors ({words:.160})") from None
+        raise CheckpointError(f"{path}: damaged, or not a file of safetensors ({said(error):.160})") from None
 
 
 def _tensor(content: np.ndarray[Any, Any], entry: dict[str, Any]) -> Tensor:

@@ -21,9 +21,10 @@ from training.agreement import facts_of, label_digest
 from training.checkpoint import CheckpointError, Saved
 from training.checkpoint.tools import newest_at
 from training.checks import cache_of
-from training.class_centres import Centres, FileCentres, SavedCentres, read_file
+from training.class_centres import Centres, FileCentres, SavedCentres
 from training.peer_weights import Weights, backbone_weights, heads_at
 from training.safetensors_file import read_tensors
+from training.weight_files import read_state
 
 _OF_RANKS = re.compile(r"(softmax_fc_gpu_|checkpoint_gpu_|rank).*\.pt")
 _NAMES = "identities.txt"
@@ -116,7 +117,7 @@ def _weights_of(path: Path, model: ModelConfig) -> Weights:
     as_asked = (model.backbone,), model.embedding_size, True
     if path.suffix == ".safetensors":
         return Weights(read_tensors(path), *as_asked)
-    state = read_file(path, lazily=False)
+    state = read_state(path)
     # In any order, as `checkpoint export` writes them.
     return Weights(state, *as_asked) if fits(state, model) else backbone_weights(path)
 

@@ -110,12 +110,12 @@ class Trainer:
         trained = [name for name, p in self.backbone.module.named_parameters() if p.requires_grad]
         self.guard = Guard(config.guard, parameters=trained, ranks=ranks, say=lambda line: self.log.say(line))  # noqa: PLW0108
         self._start()
-        self.board = Board(config, self.records, self.service, ranks, self.output)
+        self.board = Board(config, self.records, self.verification.sets, self.service, ranks, self.output)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def _values(self) -> dict[str, Any]:
-        """Counts that belong to the state of the run."""
+    def counts(self) -> dict[str, Any]:
+        """That belong to the state of the run."""
         scale = self.train_step.loss_scale
         return {
             "unusable": float(self.meter.unusable),
@@ -158,7 +158,7 @@ class Trainer:
         self.guard.settle()
         self._check_weights()
         self.ranks.monitor.at(self.step, "checkpoint")
-        self.checkpoints.save(self.step, self._values, self.log, last=last)
+        self.checkpoints.save(self.step, self.counts, self.log, last=last)
 
     # ---- training ----------------------------------------------------------------------------------------------
 

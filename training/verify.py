@@ -31,7 +31,9 @@ _PATIENCE_S = 3.0
 """For pictures when a run ends before it is done: a signal leaves half a minute for all."""
 
 
-class _Set(NamedTuple):
+class NamedSet(NamedTuple):
+    """A verification set, and the name of its file without the end."""
+
     name: str
     pairs: VerificationSet
 
@@ -43,14 +45,14 @@ class Verification:
         """Raises DataError for a set that cannot be read, has fewer than ten pairs, or pairs of one kind only, and
         ConfigError for two sets of the same name.
         """
-        self._sets = [_Set(Path(name).stem, read_pairs(records.file(name))) for name in config.eval.sets]
-        names = [name for name, _ in self._sets]
+        self.sets = [NamedSet(Path(name).stem, read_pairs(records.file(name))) for name in config.eval.sets]
+        names = [name for name, _ in self.sets]
         if len(set(names)) < len(names):
             raise ConfigError(f"eval.sets: expected files of different names, got {', '.join(config.eval.sets)}")
         self._batch_size, self._bf16 = config.eval.batch_size, config.train.precision == "bf16"
         self._ranks = ranks
         self._shown: dict[str, dict[str, pairs_of_faces.Verification]] = {}
-        self._drawing = Drawing()
+        self._drawing = Drawing[Drawn]("curves")
 
     def run(self, backbone: Backbone, step: int, log: RunLog, output: Path, stop: StopRequest) -> float | None:
         """Evaluate after `step` optimizer steps; every rank takes part, rank 0 logs: mean accuracy of the sets, there.
@@ -60,11 +62,11 @@ class Verification:
         broadcast of the BatchNorm statistics, one all-gather of embeddings for each set. Raises TrainingError, on all
         ranks, when embeddings are not finite, and Stopped when all ranks are to stop, amid a set too.
         """
-        if not self._sets:
+        if not self.sets:
             return None
         share_statistics(backbone, self._ranks.group)
         accuracies: list[float] = []
-        for name, pairs in self._sets:
+        for name, pairs in self.sets:
             embedded = self._embed(backbone, name, pairs, stop)
             if not (_finite(embedded.first_PD) and _finite(embedded.second_PD)):
                 raise TrainingError(
@@ -114,17 +116,13 @@ class Verification:
             except Exception as error:  # whatever matplotlib raises
                 log.say(f"{path}: cannot draw it ({type(error).__name__}: {error}): training goes on")
                 return
-            if log.attempt(path.name, lambda: _write(path, made.png)):
+            if log.attempt(path.name, lambda: path.write_bytes(made.png)):
                 log.image(step, f"verification/{name}", made.pixels, elsewhere=True)
 
         path = output / f"roc_{name}.png"
         self._drawing.begin(lambda: drawn(verification_figure(results, title=heading)), show)
         tars = ", ".join(f"{key} {100 * value:.1f}%" for key, value in values.items() if key.startswith("tar"))
         log.say(f"step {step}: {name} accuracy {100 * result.accuracy:.2f}% ± {100 * result.accuracy_std:.2f}%, {tars}")
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def share_statistics(backbone: torch.nn.Module, group: dist.ProcessGroup) -> None:

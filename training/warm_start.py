@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,17 +17,16 @@ from configs.monitor import MonitorConfig
 from configs.schema import ConfigError, ModelConfig, RunConfig
 from data.errors import DataError
 from sharding import Rows
-from training.agreement import facts_of, label_digest
-from training.checkpoint import CheckpointError, Checkpoints, place_of
+from training.checkpoint import CheckpointError, Checkpoints
 from training.checkpoint.folder import folder_of, part_of
-from training.checkpoint.manifest import Facts, assembled
+from training.checkpoint.manifest import assembled
 from training.checkpoint.part import write
+from training.checkpointing import place_for
 from training.class_centres import BLOCK, Centres, fill
 from training.class_map import ClassMap, no_classes, same_classes
 from training.class_means import Embedded, write_means
-from training.distributed import Ranks, open_ranks
+from training.distributed import open_ranks
 from training.peer_weights import Weights
-from training.run_state import RunState
 from training.start_source import fits
 from training.trainer import Trainer
 
@@ -109,7 +107,7 @@ def write_start(
                     threads=config.data.threads,
                     progress=progress,
                 )
-            return Started(_publish(trainer, alone), means)
+            return Started(_publish(trainer), means)
         finally:
             trainer.loader.close()
             trainer.records.close()
@@ -132,7 +130,7 @@ def _refuse_other_weights(model: ModelConfig, weights: Weights) -> None:
 
 def _refuse_begun(config: RunConfig) -> None:
     """Before anything is written: a trainer that starts over lets no older checkpoint count."""
-    place = place_of(config.train.checkpoints or os.path.join(config.train.output, "checkpoints"))
+    place = place_for(config.train)
     try:
         there = Checkpoints(place, keep=1, keep_best=0).finished()
     except OSError as error:
@@ -157,25 +155,15 @@ def _embedding(trainer: Trainer) -> Backbone:
     return module.to("cuda" if trainer.config.train.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _publish(trainer: Trainer, alone: Ranks) -> str:
+def _publish(trainer: Trainer) -> str:
     """As training saves, but of the tensors themselves: a copy of a large head may not fit beside it."""
-    config, folder, token = trainer.config, trainer.checkpoints.folder, os.urandom(6).hex()
-    state = RunState(
-        backbone=trainer.backbone.module,
-        head=trainer.head,
-        optimizers=trainer.optimizers,
-        service=trainer.service,
-        ranks=alone,
-        seed=config.train.seed,
-    )
-    tensors, values = state.collect()
-    facts = facts_of(config, trainer.records, label_digest(trainer.records), trainer.global_batch)
-    held = {"settings": facts, "state": values, "run": trainer._values()}
-    name = folder_of(0)
+    folder, name = trainer.checkpoints.folder, folder_of(0)
+    tensors, facts = trainer.checkpoints.collect(0, trainer.counts())
     try:
-        folder.claim(token, over=False)
-        told = write(folder.place, f"{name}/{part_of(0, token)}", {key: _still(item) for key, item in tensors.items()})
-        folder.publish(name, assembled([told], Facts(step=0, run=token, values=held)), token)
+        folder.claim(facts.run, over=False)
+        part = f"{name}/{part_of(0, facts.run)}"
+        told = write(folder.place, part, {key: _still(item) for key, item in tensors.items()})
+        folder.publish(name, assembled([told], facts), facts.run)
     except BaseException as error:
         with contextlib.suppress(OSError):
             folder.place.remove(name)

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.files import appearing
+from evaluation.embed_records import EmbedError, read_weights
+from training.checkpoint import CheckpointError
+
+
+def read_state(path: Path, *, lazily: bool = False) -> Any:
+    """What torch.save wrote, as `evaluation.embed_records.read_weights` reads it. Raises CheckpointError."""
+    try:
+        return read_weights(path, lazily=lazily)
+    except EmbedError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def write_weights(tensors: Mapping[str, Tensor], out: Path) -> None:

@@ -15,6 +15,7 @@ from backbones import IMAGE_SIZE
 from data.commands.arguments import progress_on
 from data.errors import DataError
 from data.places import where
+from data.records import RecordSet
 from data.sources import RESIZE_RULE
 from evaluation.commands.model import add_model, chosen_model
 from evaluation.embed_output import Output
@@ -99,7 +100,7 @@ def embed_set(
 
 def _source(args: argparse.Namespace) -> Source:
     if args.records is not None:
-        return RecordImages(args.records)
+        return RecordImages(RecordSet.open(args.records))
     return FolderImages(args.images) if args.images is not None else PairImages(args.bin)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from data.places import where
 from data.records import RecordSet
 from data.verification_bin import VerificationSet
 from evaluation.commands.model import add_model, chosen_model
-from evaluation.commands.results import percent, show
+from evaluation.commands.results import names_of, percent, refuse_ranks, show
 from evaluation.embed_records import load_backbone
 from evaluation.export import Exported, export_onnx, export_program
 from evaluation.export_check import LIMIT
@@ -84,17 +83,14 @@ def _run(args: argparse.Namespace, console: Console) -> None:
 
 def _refuse(args: argparse.Namespace) -> None:
     """Before any work is done."""
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise DataError("expected one process, without torchrun: it writes one file")
+    refuse_ranks("it writes one file")
     if args.device == "cuda":
         raise DataError("--device: expected cpu or auto, got cuda: export and its checks run on the CPU")
     if args.int8 and args.format != "onnx":
         raise DataError("--int8: expected --format onnx: torch's ExportedProgram is float32 here")
     if args.int8 != (args.calibrate is not None):
         raise DataError("expected both of --int8 and --calibrate, a record set to find its ranges by, or none")
-    names = [path.stem for path in args.sets]
-    if len(set(names)) < len(names):
-        raise DataError(f"expected sets of different names, got {', '.join(map(str, args.sets))}")
+    names_of(args.sets)
     if args.out.is_dir():
         raise DataError(f"{args.out}: expected the name of a file, found a folder")
     if args.out.exists() and not args.force:

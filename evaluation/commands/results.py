@@ -6,7 +6,7 @@ import datetime
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,18 @@ def refuse_present(out: Path | None, names: Iterable[str], *, force: bool) -> No
         raise DataError(f"{out}: expected no {there[0]} there: name another folder, or replace it with --force")
 
 
-def refuse_ranks() -> None:
+def refuse_ranks(why: str = "embeddings are there already, one process compares them") -> None:
     """Raise DataError under torchrun with several processes, which would all do the same and write the same files."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise DataError(
-            "expected one process, without torchrun: embeddings are there already, one process compares them"
-        )
+        raise DataError(f"expected one process, without torchrun: {why}")
+
+
+def names_of(sets: Sequence[Path]) -> list[str]:
+    """What files of sets are called in results. Raises DataError where two are called the same."""
+    names = [path.stem for path in sets]
+    if len(set(names)) < len(names):
+        raise DataError(f"expected sets of different names, got {', '.join(map(str, sets))}")
+    return names
 
 
 def write_results(

@@ -17,7 +17,7 @@ from data.commands.arguments import progress_on, whole
 from data.errors import DataError
 from evaluation.bootstrap import LEVEL, RESAMPLES, Interval, bootstrap
 from evaluation.commands.model import add_model, chosen_model
-from evaluation.commands.results import PAGE, percent, rates, refuse_present, show, write_results
+from evaluation.commands.results import PAGE, names_of, percent, rates, refuse_present, show, write_results
 from evaluation.embed_records import EmbedError, load_backbone
 from evaluation.export_run import open_onnx
 from evaluation.page import Summary, Table
@@ -74,9 +74,7 @@ def verify_sets(
     Raises DataError, EmbedError and ConfigError, on all ranks alike, before anything is embedded where a set cannot
     be evaluated.
     """
-    names = [path.stem for path in args.sets]
-    if len(set(names)) < len(names):
-        raise DataError(f"expected sets of different names, got {', '.join(map(str, args.sets))}")
+    names = names_of(args.sets)
     if args.resamples == 1:
         raise DataError("--resamples: expected 0, for no intervals, or at least 2, got 1")
     files = [_FILE, *(SCORES.format(name) for name in names)]

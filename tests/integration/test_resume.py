@@ -62,12 +62,7 @@ def test_killed_and_resumed_equals_never_stopped(train: Run, command: Callable[.
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as run:
-        deadline = time.monotonic() + 120
-        latest = tmp_path / "parts" / "checkpoints" / "latest"
-        while not latest.is_file() or latest.read_text().strip() < "step_000000018":
-            assert run.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for(tmp_path / "parts", 18, lambda: run.poll() is None)
         for pid in session(run.pid):
             os.kill(pid, signal.SIGKILL)
     assert not (tmp_path / "parts" / "backbone.pt").exists(), "killed before its end"
@@ -75,6 +70,16 @@ def test_killed_and_resumed_equals_never_stopped(train: Run, command: Callable[.
     assert rest.returncode == 0, rest.stderr
     assert "resumed at step" in rest.stderr
     same_end(tmp_path, ranks=2)
+
+
+def wait_for(folder: Path, step: int, is_running: Callable[[], bool]) -> None:
+    """Until the run that writes to this folder has a checkpoint of that step, or of a later one."""
+    deadline = time.monotonic() + 120
+    latest = folder / "checkpoints" / "latest"
+    while not latest.is_file() or latest.read_text().strip() < f"step_{step:09d}":
+        assert is_running()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def session(leader: int) -> list[int]:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from tests.forked import Forks
 from tests.integration.conftest import ROOT, Run, environment
-from tests.integration.test_resume import STEPS, same_end, session
+from tests.integration.test_resume import STEPS, same_end, session, wait_for
 
 Command = Callable[..., list[str]]
 
@@ -27,23 +26,15 @@ def _running(arguments: list[str], folder: Path, until: int) -> Iterator[subproc
         [sys.executable, *arguments], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     ) as run:  # fmt: skip
-        _wait_for(folder, until)
+        wait_for(folder, until, lambda: run.poll() is None)
         yield run
-
-
-def _wait_for(folder: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    latest = folder / "checkpoints" / "latest"
-    while not latest.is_file() or latest.read_text().strip() < f"step_{step:09d}":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_one_process(forks: Forks, command: Command, tmp_path: Path, number: signal.Signals) -> None:
     arguments = command(1, "train.checkpoint_steps=2", "train.epochs=400")
     with forks.start(*arguments, cwd=ROOT, env=environment()) as run:
-        _wait_for(tmp_path / "run", 4)
+        wait_for(tmp_path / "run", 4, run.is_running)
         os.kill(run.pids[0], number)
         done = run.wait(30)
     assert done.returncode == 75

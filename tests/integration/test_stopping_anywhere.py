@@ -93,5 +93,6 @@ def test_a_checkpoint_of_the_step_it_came_in(
 def _wait_for_now(run: Started) -> None:
     deadline = time.monotonic() + 60
     while "NOW\n" not in run.printed("out"):
+        assert run.is_running(), run.printed("err")
         assert time.monotonic() < deadline, "the moment never came"
         time.sleep(0.01)

@@ -21,7 +21,7 @@ def _picture(number: int) -> Drawn:
 
 
 def test_each_is_shown_once_in_order_by_the_thread_that_asks() -> None:
-    drawing, go = Drawing(), threading.Event()
+    drawing, go = Drawing[Drawn]("test"), threading.Event()
     threads, shown = set[int](), list[tuple[int, int]]()
 
     def begin(number: int) -> None:
@@ -46,7 +46,7 @@ def test_each_is_shown_once_in_order_by_the_thread_that_asks() -> None:
 
 
 def test_one_that_fails_says_so_to_its_own() -> None:
-    drawing, said = Drawing(), list[str]()
+    drawing, said = Drawing[Drawn]("test"), list[str]()
 
     def fail() -> Drawn:
         raise ValueError("no curves")
@@ -63,7 +63,7 @@ def test_one_that_fails_says_so_to_its_own() -> None:
 
 
 def test_the_end_does_not_wait_for_ever() -> None:
-    drawing, go, shown = Drawing(), threading.Event(), list[int]()
+    drawing, go, shown = Drawing[Drawn]("test"), threading.Event(), list[int]()
 
     def slow() -> Drawn:
         go.wait(30)

@@ -89,9 +89,8 @@ def test_each_version_is_shown_once_and_the_hardest_first(tmp_path: Path) -> Non
         if step in (2, 5):
             service.version += 1
         gallery.after_step(step, log)
-        if gallery._thread is not None:
-            gallery._thread.join()
-    gallery.close(log)
+        gallery._drawing.show(within=30)
+    gallery.close()
     log.close()
     assert service.asked == 2
     records = MemorySet([jpeg(seed) for seed in range(40)])
@@ -109,7 +108,7 @@ def test_a_resumed_run_does_not_show_the_version_that_it_has(tmp_path: Path) -> 
     assert service.asked == 0
     service.version = 4
     gallery.after_step(2, log)
-    gallery.close(log)
+    gallery.close()
     log.close()
     assert service.asked == 1
 
@@ -120,7 +119,7 @@ def test_other_ranks_ask_as_often_and_draw_nothing(tmp_path: Path) -> None:
     service.version = 1
     gallery.after_step(1, log)
     assert service.asked == 1
-    assert gallery._thread is None
+    assert gallery._drawing._thread is None
     log.close()
 
 
@@ -130,7 +129,7 @@ def test_without_clusters_or_with_sheets_switched_off(tmp_path: Path, service: _
     if service is not None:
         service.version += 1
     gallery.after_step(1, log)
-    gallery.close(log)
+    gallery.close()
     log.close()
     assert service is None or service.asked == 0
 
@@ -151,10 +150,10 @@ def test_what_fails_in_the_thread_is_told_of_and_that_is_all(
     gallery = _gallery(service, Broken([jpeg(0)]))
     service.version = 1
     gallery.after_step(1, log)
-    gallery.close(log)
+    gallery._drawing.show(within=30)
     service.version = 2
     gallery.after_step(2, log)
-    gallery.close(log)
+    gallery.close()
     log.close()
     told = capsys.readouterr().err.splitlines()
     assert [line.split(" of the clusters")[0] for line in told] == [f"contact sheets of version {v}" for v in (1, 2)]
@@ -176,11 +175,12 @@ def test_a_store_that_does_not_answer_holds_nobody_up(tmp_path: Path, monkeypatc
         service.version = step
         gallery.after_step(step, log)  # the second version comes while the first is still being read
     assert service.asked == 2
-    gallery.close(log)
+    gallery.close()
     log.close()
     answers.set()
-    assert gallery._thread is not None
-    gallery._thread.join(30)
+    assert gallery._drawing._thread is not None
+    gallery._drawing._thread.join(30)
+    assert not gallery._drawing._thread.is_alive()
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +189,6 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFi
     gallery = _gallery(service)
     service.version = 1
     gallery.after_step(1, log)
-    gallery.close(log)
+    gallery.close()
     log.close()
     assert "tensorboard: cannot write it" in capsys.readouterr().err

@@ -22,11 +22,6 @@ from training.sinks.base import Names, keep_id, kept_id, library, plain, run_nam
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def lines() -> list[str]:
-    return []
-
-
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import random
 import socket
 import urllib.request
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.sinks import NOT_FINITE, ODD, begin, free_port, picture
-from training.sinks import Sinks
-
-Report = Callable[..., Sinks]
-
-
-@pytest.fixture
-def lines() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def report(tmp_path: Path, lines: list[str]) -> Report:
-    """`begin` in the folder "my run"."""
-    return functools.partial(begin, tmp_path / "my run", lines)
+from tests.sinks import NOT_FINITE, ODD, Report, free_port, picture
 
 
 def _fetch(port: int, host: str = "127.0.0.1", accept: str = "*/*") -> str:

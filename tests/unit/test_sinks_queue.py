@@ -27,11 +27,6 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queued, "FLUSH_S", 5.0)
 
 
-@pytest.fixture
-def lines() -> list[str]:
-    return []
-
-
 class _Place:
     """A sink in which calls are counted, and may fail or hang."""
 

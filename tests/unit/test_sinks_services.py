@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,14 @@ from configs.load import load_config, to_yaml
 from configs.monitor import MonitorConfig
 from configs.schema import ConfigError
 from data.contact_sheet import Pixels
-from tests.sinks import NOT_FINITE, ODD, begin, free_port, picture
-from training.sinks import Sinks, build_sinks, queued
-
-Report = Callable[..., Sinks]
+from tests.sinks import NOT_FINITE, ODD, Report, free_port, picture
+from training.sinks import build_sinks, queued
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queued, "_PAUSES_S", (0.01, 0.01, 0.02))
     monkeypatch.setattr(queued, "FLUSH_S", 20.0)
-
-
-@pytest.fixture
-def lines() -> list[str]:
-    return []
-
-
-@pytest.fixture
-def report(tmp_path: Path, lines: list[str]) -> Report:
-    """`begin` in the folder "my run"."""
-    return functools.partial(begin, tmp_path / "my run", lines)
 
 
 @pytest.fixture

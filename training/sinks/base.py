@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from configs.schema import ConfigError, RunConfig
 from data.contact_sheet import Pixels
 from data.errors import DataError
+from data.errors import said as in_a_line
 from data.files import appearing
 
 _LONGEST = 200
@@ -80,7 +81,7 @@ def library(module: str, extra: str, setting: str) -> Any:
 
 def said(error: BaseException) -> str:
     """An error in a line, without the keys of the environment."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_a_line(error)
     for name in _SECRETS:
         if secret := os.environ.get(name):
             text = text.replace(secret, "…")
