@@ -196,7 +196,10 @@ def _run(args: argparse.Namespace, arguments: Sequence[str], ranks: Ranks) -> No
         f"B = {args.batch}, D = {args.dim}, {args.precision}, 1 rank; medians of {args.repeats} turns after "
         f"{args.warmup} of warm-up, the arms alternating; a step is forward, backward and SGD"
     )
-    about["measured"] = "on GPUs: bytes / 10^6 that a step allocates at its peak, gradients with it"
+    about["measured"] = (
+        "on GPUs: bytes / 10^6 that a step allocates at its peak, beyond the weights, momentum and gradients that are "
+        "there before it"
+    )
     publish(_TITLE, HEADER, texts, about=about, rows=rows, out=args.out, only_in_file=_ONLY_IN_FILE)
 
 
@@ -237,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cuda = ranks.device.type == "cuda"
             args.batch = args.batch or (128 if cuda else 8)
             args.precision = args.precision or ("bf16" if cuda else "fp32")
+            torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # as `open_ranks` does for training
             if args.timed is None:
                 args.timed = args.only if cuda else [name for name in args.only if name in _SMALL]
             _run(args, arguments, ranks)

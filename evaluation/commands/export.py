@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from evaluation.export_check import LIMIT
 from evaluation.export_form import Form, needed
 from evaluation.export_int8 import Drawn, draw_images
 from evaluation.export_run import FileBackbone
+from evaluation.export_write import files_of
 from evaluation.page import Table
 from evaluation.pairs import embed_pairs, read_pairs
 from evaluation.verification import Verification, verify
@@ -60,6 +62,8 @@ def _run(args: argparse.Namespace, console: Console) -> None:
     _refuse(args)
     model, weights = chosen_model(args, example=_EXAMPLE)
     backbone = load_backbone(model.backbone, embedding_size=model.embedding_size, weights=weights)
+    if args.format == "onnx":
+        _refuse_present(files_of(args.out, backbone), force=args.force)
     sets = {path.stem: read_pairs(path) for path in args.sets}
     int8 = draw_images(RecordSet.open(args.calibrate), args.images) if args.int8 else None
     form = Form(pixels=args.pixels, unit=args.unit)
@@ -93,11 +97,15 @@ def _refuse(args: argparse.Namespace) -> None:
     names_of(args.sets)
     if args.out.is_dir():
         raise DataError(f"{args.out}: expected the name of a file, found a folder")
-    if args.out.exists() and not args.force:
-        raise DataError(f"{args.out}: expected no file there: name another, or replace it with --force")
+    _refuse_present([args.out], force=args.force)
     if args.format == "onnx":
         for package in _PACKAGES:
             needed(package)
+
+
+def _refuse_present(paths: Sequence[Path], *, force: bool) -> None:
+    if there := [path for path in paths if path.exists() and not force]:
+        raise DataError(f"{there[0]}: expected no file there: name another, or replace it with --force")
 
 
 def _verified(name: str, backbone: Backbone, pairs: VerificationSet, args: argparse.Namespace) -> Verification:

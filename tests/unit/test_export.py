@@ -6,21 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from torch import nn
 
 from backbones import Backbone, build_backbone, normalise_pixels
-from backbones.iresnet import IResNet
-from backbones.mobilefacenet import MobileFaceNet
-from backbones.vit import VisionTransformer
 from data.records import RecordSet
 from data.synthetic import SyntheticFaces
 from data.verification_bin import write_bin
@@ -29,8 +25,9 @@ from evaluation.export import export_onnx
 from evaluation.export_check import LIMIT, check_images, worst_difference
 from evaluation.export_form import Deployed, ExportError, Form
 from evaluation.export_int8 import Drawn, draw_images
-from evaluation.export_run import FileBackbone, open_onnx
-from evaluation.export_write import write_onnx, write_program
+from evaluation.export_run import open_onnx
+from evaluation.export_write import write_program
+from tests.export_cases import left_in, run_onnx, settled, truth_of
 from tests.record_files import image_record, write_set
 
 onnx = pytest.importorskip("onnx")
@@ -38,23 +35,6 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 ROOT = Path(__file__).parents[2]
 D = 16
-FAMILIES: dict[str, Callable[[], Backbone]] = {
-    "iresnet18": lambda: IResNet(18, embedding_size=8),
-    "mobilefacenet": lambda: MobileFaceNet(embedding_size=5),
-    "vit": lambda: VisionTransformer(64, 2, embedding_size=8, drop_path=0.1, mask_ratio=0.1),
-}
-
-
-def _settled(backbone: Backbone) -> Backbone:
-    """With statistics of faces in its BatchNorms, as after a training."""
-    faces = SyntheticFaces(identities=8, seed=3)
-    pixels_BHW3 = np.stack([faces.pixels(identity, 1) for identity in range(8)])
-    for module in backbone.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        backbone.train()(normalise_pixels(torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2)))
-    return backbone.eval()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     (folder / "run").mkdir()
-    torch.save(_settled(build_backbone("small", embedding_size=D)).state_dict(), folder / "run" / "backbone.pt")
+    torch.save(settled(build_backbone("small", embedding_size=D)).state_dict(), folder / "run" / "backbone.pt")
     (folder / "run" / "config.yaml").write_text(f"model: {{backbone: small, embedding_size: {D}}}\n")
     faces = SyntheticFaces(identities=13, seed=5)
     images = [faces.jpeg(identity, 0) for identity in range(13)]
@@ -103,24 +83,6 @@ def _call(*arguments: object) -> int:
     return main(["export", *map(str, arguments)])
 
 
-def _truth(backbone: Backbone, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    """In float64, pixels scaled by numpy."""
-    x_B3HW = torch.from_numpy((pixels_BHW3.astype(np.float64) / 127.5 - 1).transpose(0, 3, 1, 2).copy())
-    state = {name: tensor.double() for name, tensor in backbone.state_dict().items()}
-    with torch.no_grad():
-        return torch.func.functional_call(backbone, state, (x_B3HW,)).numpy()
-
-
-def _run(path: Path, images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    (found,) = session.run(["embeddings"], {"images": images})
-    return np.asarray(found)
-
-
-def _left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_the_file_is_what_the_backbone_is(exported: Path, backbone: Backbone) -> None:
     model = onnx.load(exported)
     onnx.checker.check_model(model, full_check=True)
@@ -136,8 +98,8 @@ def test_the_file_is_what_the_backbone_is(exported: Path, backbone: Backbone) ->
     pixels = check_images()
     for count in (1, 2, 3, 20):
         x = (pixels[:count].astype(np.float32) - 127.5) / 127.5
-        truth = _truth(backbone, pixels[:count])
-        np.testing.assert_allclose(_run(exported, x.transpose(0, 3, 1, 2)), truth, atol=1e-4 * np.abs(truth).max())
+        truth = truth_of(backbone, pixels[:count])
+        np.testing.assert_allclose(run_onnx(exported, x.transpose(0, 3, 1, 2)), truth, atol=1e-4 * np.abs(truth).max())
 
 
 def test_no_path_of_this_machine_is_in_it(exported: Path, place: Path, backbone: Backbone, tmp_path: Path) -> None:
@@ -148,32 +110,20 @@ def test_no_path_of_this_machine_is_in_it(exported: Path, place: Path, backbone:
             assert part.encode() not in content
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family: str, tmp_path: Path) -> None:
-    backbone = _settled(FAMILIES[family]())
-    write_onnx(Deployed(backbone, Form()), tmp_path / "face.onnx", {})
-    found = open_onnx(tmp_path / "face.onnx")
-    assert found.embedding_size == backbone.embedding_size
-    pixels = check_images()[8:11]  # noise and a face
-    truth, x_B3HW = _truth(backbone, pixels), normalise_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    for start in (0, 2):
-        np.testing.assert_allclose(found(x_B3HW[start:]), truth[start:], atol=1e-4 * np.abs(truth).max())
-
-
 def test_an_exported_program_of_pixels_and_unit_length(
     place: Path, backbone: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "[bold]new" / "face.pt2"
     assert _call("--run", place / "run", "--out", out, "--format", "exported", "--pixels", "--unit") == 0
     assert re.search(r"unit embeddings differ by \d\.\de-\d+ at most, 0.0001 is let pass", capsys.readouterr().out)
-    assert _left(out.parent) == ["face.pt2"]
+    assert left_in(out.parent) == ["face.pt2"]
     extra = {"clusterface.backbone": ""}  # of an empty one torch makes another
     network = torch.export.load(out, extra_files=extra).module()
     assert extra["clusterface.backbone"] == "small"
     assert extra["clusterface.output"] == f"float32 (B, {D}), of length 1"
     for count in (1, 5):
         pixels = check_images()[5 : 5 + count]
-        truth = _truth(backbone, pixels)
+        truth = truth_of(backbone, pixels)
         truth /= np.linalg.norm(truth, axis=1, keepdims=True)
         np.testing.assert_allclose(network(torch.from_numpy(pixels)).numpy(), truth, atol=1e-5)
 
@@ -201,11 +151,11 @@ def test_int8_from_a_set_to_figures(
     assert "int8" in {entry.value for entry in model.metadata_props}
     pixels = SyntheticFaces(identities=5, seed=77).pixels
     images = np.stack([pixels(identity, 0) for identity in range(5)])
-    embedded, truth = _run(out, images), _truth(backbone, images)
+    embedded, truth = run_onnx(out, images), truth_of(backbone, images)
     np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, atol=1e-6)
     cosine = (embedded * truth).sum(1) / np.linalg.norm(truth, axis=1)
     assert 0.9 < cosine.min() < 0.99999
-    one_by_one = np.concatenate([_run(out, image[None]) for image in images])
+    one_by_one = np.concatenate([run_onnx(out, image[None]) for image in images])
     np.testing.assert_allclose(one_by_one, embedded, atol=1e-6)
 
 
@@ -234,7 +184,7 @@ def test_a_file_that_differs_is_refused_with_the_number(
     other.load_state_dict(state)
     with pytest.raises(ExportError, match="the backbone's embeddings are not finite"):
         export_onnx(other, tmp_path / "face.onnx", name="small", form=Form())
-    assert _left(tmp_path) == []
+    assert left_in(tmp_path) == []
 
 
 class _Shifted(nn.Module):
@@ -276,9 +226,9 @@ def test_int8_that_is_far_off_is_refused_but_for_force(
         r"cosine to the float .* and 1.1 for each image, got 0.9\d+ and 0.9\d+: nothing was written",
         capsys.readouterr().err,
     )
-    assert _left(tmp_path) == []
+    assert left_in(tmp_path) == []
     assert _call(*command, "--images", 2, "--force") == 0
-    assert _left(tmp_path) == ["face.onnx"]
+    assert left_in(tmp_path) == ["face.onnx"]
 
 
 def test_weights_of_more_than_a_file_holds_lie_beside_it(
@@ -289,15 +239,26 @@ def test_weights_of_more_than_a_file_holds_lie_beside_it(
     looked = []
     done = export_onnx(backbone, out, name="small", form=Form(), look=looked.append)
     assert done.files == [tmp_path / "face.onnx.data", out]
-    assert _left(tmp_path) == ["face.onnx", "face.onnx.data"]
+    assert left_in(tmp_path) == ["face.onnx", "face.onnx.data"]
     assert looked[0].embedding_size == D
     assert out.stat().st_size < 100_000 < done.files[0].stat().st_size
     pixels = check_images()[10:12]
-    truth, x = _truth(backbone, pixels), normalise_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    np.testing.assert_allclose(_run(out, x.numpy()), truth, atol=1e-4 * np.abs(truth).max())
+    truth, x = truth_of(backbone, pixels), normalise_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(run_onnx(out, x.numpy()), truth, atol=1e-4 * np.abs(truth).max())
     nothing = np.zeros((0, 112, 112, 3), np.uint8)
     with pytest.raises(ExportError, match=r"--int8: expected weights of less than 1\.5 GiB"):
         export_onnx(backbone, out, name="small", form=Form(), int8=Drawn(nothing, nothing, 0))
+
+
+def test_weights_that_are_there_are_not_replaced(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("evaluation.export_write._LARGE", 100_000)
+    (tmp_path / "face.onnx.data").write_bytes(b"of another export")
+    assert _call("--run", place / "run", "--out", tmp_path / "face.onnx") == 2
+    assert "face.onnx.data: expected no file there" in capsys.readouterr().err
+    assert (tmp_path / "face.onnx.data").read_bytes() == b"of another export"
+    assert left_in(tmp_path) == ["face.onnx.data"]
 
 
 def test_verify_takes_an_onnx_file(place: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,7 +285,7 @@ def test_the_example_of_the_documentation_runs(exported: Path, backbone: Backbon
     for name, image in zip("ab", pixels, strict=True):
         cv2.imwrite(str(tmp_path / f"{name}.png"), image[..., ::-1])
     ran = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True)
-    a, b = _truth(backbone, pixels)
+    a, b = truth_of(backbone, pixels)
     assert float(ran.stdout) == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b), abs=1e-3)
 
 
@@ -364,7 +325,7 @@ def test_bad_input_is_one_line(
     assert re.search(message, error)
     assert error.startswith("error: ")
     assert error.count("\n") == 1
-    assert _left(tmp_path) == []
+    assert left_in(tmp_path) == []
 
 
 def test_ranks_other_sizes_and_missing_packages_are_refused(
@@ -386,50 +347,4 @@ def test_ranks_other_sizes_and_missing_packages_are_refused(
         assert re.search(
             rf"expected the package {package}: .*pip install 'clusterface\[export\]'", capsys.readouterr().err
         )
-    assert _left(tmp_path) == ["set"]
-
-
-def _odd(path: Path, **changes: Any) -> Path:
-    """A file with one Identity, or other inputs and outputs."""
-    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
-    taken = [helper.make_tensor_value_info(f"i{n}", floats, shape) for n, shape in enumerate(changes["inputs"])]
-    given = [helper.make_tensor_value_info("o", floats, changes["output"])]
-    graph = helper.make_graph([helper.make_node("Identity", ["i0"], ["o"])], "odd", taken, given)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
-
-
-def test_other_onnx_files_are_refused(tmp_path: Path) -> None:
-    for name, content in {
-        "empty": b"",
-        "text": b"no ONNX at all\n",
-        "random": np.random.default_rng(0).bytes(5000),
-    }.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ExportError, match=f"{name}: expected an ONNX file that onnxruntime reads: ") as caught:
-            open_onnx(tmp_path / name)
-        assert "\n" not in str(caught.value)
-    with pytest.raises(ExportError, match=r"none\.onnx: expected an ONNX file"):
-        open_onnx(tmp_path / "none.onnx")
-    two = _odd(tmp_path / "two.onnx", inputs=[["b", 3, 112, 112], ["b", 3, 112, 112]], output=["b", 3, 112, 112])
-    with pytest.raises(ExportError, match="expected one input and one output, found 2 and 1"):
-        open_onnx(two)
-    for shape in (["b", 3, 112, 112], ["b", 3, 224, 224], ["b", 512]):
-        with pytest.raises(ExportError, match=r"expected images float \(B, 3, 112, 112\) or uint8"):
-            open_onnx(_odd(tmp_path / "odd.onnx", inputs=[shape], output=shape))
-
-
-def test_pixels_reach_the_file_as_they_were(tmp_path: Path) -> None:
-    """Evaluation hands over -1 … 1; all 256 grey levels come back exactly."""
-    seen: list[npt.NDArray[np.uint8]] = []
-
-    def run(images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        seen.append(images)
-        return np.zeros((len(images), 4), np.float32)
-
-    pixels = np.arange(112 * 112 * 3, dtype=np.int64).reshape(1, 112, 112, 3).astype(np.uint8)
-    FileBackbone(run, embedding_size=4, form=Form(pixels=True))(
-        normalise_pixels(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    )
-    np.testing.assert_array_equal(seen[0], pixels)
-    assert seen[0].dtype == np.uint8
+    assert left_in(tmp_path) == ["set"]

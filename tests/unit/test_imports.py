@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,12 @@ def test_every_source_file_is_one_short_idea() -> None:
         if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 350
     }
     assert not long
+
+
+def test_every_test_file_is_collected(pytestconfig: pytest.Config) -> None:
+    """Pytest passes over some folders by their names, without a word."""
+    passed_over = pytestconfig.getini("norecursedirs")
+    found = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")]
+    assert {path.parts[1] for path in found} >= {"dist", "gpu", "integration", "unit"}
+    for path in found:
+        assert not [part for part in path.parts for name in passed_over if fnmatch(part, name)], path
