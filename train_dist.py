@@ -18,7 +18,7 @@ from pathlib import Path
 from configs.load import load_config
 from training.distributed import Ranks, open_ranks
 from training.errors import USER_ERRORS
-from training.lost import EXIT_LOST, LostRankError
+from training.ranks.lost import EXIT_LOST, LostRankError
 from training.stopping import EXIT_CODE, Signals
 from training.trainer import Trainer
 

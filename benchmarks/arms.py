@@ -21,7 +21,7 @@ from partial_fc.head import PartialFCHead
 from partial_fc.optim import CentreSGD
 from partial_fc.reference import dense_margin_softmax
 from training.distributed import Ranks
-from training.timing import Stopwatch
+from training.showing.timing import Stopwatch
 
 STYLE, DENSE, OURS = "partial_fc_style", "dense", "ours"
 _LR, _MOMENTUM, _DECAY = 1e-5, 0.9, 5e-4

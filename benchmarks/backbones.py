@@ -30,8 +30,8 @@ from benchmarks.memory import peak_extra
 from benchmarks.report import digits, facts, publish
 from configs.schema import ConfigError, TrainConfig
 from training.distributed import Ranks, data_parallel, open_ranks
-from training.flops import forward_flops
-from training.timing import Stopwatch
+from training.showing.flops import forward_flops
+from training.showing.timing import Stopwatch
 
 _TITLE = "Backbones: arithmetic, memory and time of an image"
 HEADER = (

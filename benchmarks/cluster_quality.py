@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.report import digits, facts, publish
-from clustering.files import unit_rows
-from data.records import RecordSet
+from clustering.job.files import unit_rows
+from data.rec.records import RecordSet
 
 Ints = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float32]

@@ -34,7 +34,7 @@ from configs.schema import ConfigError, HeadConfig, TrainConfig
 from partial_fc.collectives import all_reduce_, gather_batch
 from partial_fc.head import PartialFCHead
 from training.distributed import Ranks, open_ranks
-from training.timing import Stopwatch
+from training.showing.timing import Stopwatch
 
 _TITLE = "Collectives of the head: one step"
 _HEADER = ("ranks", "pattern", "calls", "sent kB", "step ms", "range ms", "speed")

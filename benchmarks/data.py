@@ -21,7 +21,7 @@ from benchmarks.data_arms import BARE, DALI_READER, DATA_LOADER, FILLING, Arm, O
 from benchmarks.data_records import working_copy
 from benchmarks.report import digits, facts, publish, spread
 from data.errors import DataError
-from data.records import RecordSet
+from data.rec.records import RecordSet
 
 HEADER = (
     "threads", "way", "images/s", "range", "images/CPU s", "range CPU", "of bare", "x DataLoader", "x DALI",

@@ -25,8 +25,8 @@ from backbones.base import normalise_pixels
 from benchmarks.data_peers import WORKERS, Batches, dali_reader, data_loader
 from configs.augment import AugmentConfig
 from configs.schema import DataConfig
-from data.loader import build_loader
-from data.records import RecordSet
+from data.loading.loader import build_loader
+from data.rec.records import RecordSet
 
 BARE, FILLING = "bare simplejpeg", "simplejpeg into batches, flips"
 OURS, FLOATS, AUGMENTED = "ours, cpu", "ours, cpu, to floats", "ours, cpu, augmented"

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from data.header import unpack
-from data.index import read_index
-from data.recordio import RecordReader
+from data.rec.header import unpack
+from data.rec.index import read_index
+from data.rec.recordio import RecordReader
 
 WORKERS = 2
 """Processes of the DataLoader: insightface's setting."""

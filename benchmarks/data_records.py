@@ -18,12 +18,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from data.decode import DecodeError, check_image
 from data.errors import DataError
-from data.pack import Encoder, encode_all, every_image, write_sequence
-from data.properties import Properties
-from data.records import RecordSet
-from data.sources import IMAGE_SIZE, SyntheticSource
+from data.loading.decode import DecodeError, check_image
+from data.making.pack import Encoder, encode_all, every_image, write_sequence
+from data.making.sources import IMAGE_SIZE, SyntheticSource
+from data.rec.properties import Properties
+from data.rec.records import RecordSet
 
 _OF_AN_IDENTITY = 20
 _FOR_A_WORKER = 1000  # drawn faces, that the start of a process be worth it

@@ -24,10 +24,10 @@ import numpy.typing as npt
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from clustering.schedule import RefreshSchedule
+from clustering.service.schedule import RefreshSchedule
 from configs.load import load_config
-from data.records import RecordSet
-from data.sampler import BatchPlan
+from data.order.sampler import BatchPlan
+from data.rec.records import RecordSet
 from training.demo import Size, pack
 
 ROOT = Path(__file__).parents[1]

@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.report import digits, facts, publish
 from data.commands.arguments import whole
-from data.index import read_index
-from data.recordio import Records
+from data.rec.index import read_index
+from data.rec.recordio import Records
 
 _TITLE = "Index of a record file: opening it"
 _HEADER = ("way", "lines", "s", "µs a line", "MB", "time")

@@ -15,10 +15,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.lloyd import Lloyd
-from clustering.nearest import Nearest, nearest_
-from clustering.nearest_choice import runs_kernel
-from clustering.rows import TensorRows
+from clustering.lloyd.lloyd import Lloyd
+from clustering.nearest.choice import runs_kernel
+from clustering.nearest.nearest import Nearest, nearest_
+from clustering.service.rows import TensorRows
 
 FAISS, OURS, EVERYTHING, FLASH = "faiss", "ours", "ours, nothing left out", "flash-kmeans"
 _BLOCK = {"cpu": 1024, "cuda": 8192}

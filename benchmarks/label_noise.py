@@ -27,10 +27,10 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks.label_noise_data import Plan, Planted, pack_planted
 from benchmarks.report import facts, publish
-from clustering.findings import Findings
-from clustering.parts import PartFiles
-from clustering.report_data import labelled
-from clustering.report_find import find_all
+from clustering.report.data import labelled
+from clustering.report.find import find_all
+from clustering.report.findings import Findings
+from clustering.service.parts import PartFiles
 from configs.schema import TrainConfig
 from training.distributed import open_ranks
 

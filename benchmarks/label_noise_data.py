@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from data.decode import decode_image
 from data.errors import DataError
 from data.files import appearing
-from data.pack import Encoder, write_records
-from data.pairs import draw_pairs
-from data.properties import Properties
-from data.sources import IMAGE_SIZE, SyntheticSource
+from data.loading.decode import decode_image
+from data.making.pack import Encoder, write_records
+from data.making.pairs import draw_pairs
+from data.making.sources import IMAGE_SIZE, SyntheticSource
+from data.rec.properties import Properties
 from data.synthetic import DIFFICULTY_SPREAD
 from data.verification_bin import write_bin
 

@@ -29,7 +29,7 @@ from partial_fc.collectives import gather_batch
 from partial_fc.head import PartialFCHead
 from partial_fc.optim import CentreAdamW, CentreSGD
 from training.distributed import Ranks, open_ranks
-from training.timing import Stopwatch
+from training.showing.timing import Stopwatch
 
 _TITLE = "Optimizers of the class centres: backward and step"
 _HEADER = ("classes", "optimizer", "ms", "range ms", "speed")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from backbones import build_backbone
-from clustering.service import ClusterService
+from clustering.service.service import ClusterService
 from configs.schema import ClusteringConfig, HeadConfig
 from partial_fc.collectives import GatheredBatch
 from partial_fc.head import PartialFCHead

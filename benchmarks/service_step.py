@@ -25,16 +25,16 @@ from torch import Tensor
 from backbones import IMAGE_SIZE, build_backbone
 from benchmarks.report import facts, publish
 from benchmarks.service import HEADER, step_rows
-from clustering.service import ClusterService
+from clustering.service.service import ClusterService
 from configs.load import load_config
 from configs.schema import ConfigError, RunConfig, TrainConfig
-from data.batch import Batch
+from data.loading.batch import Batch
 from partial_fc.collectives import GatheredBatch
 from partial_fc.head import PartialFCHead
 from training.distributed import Ranks, data_parallel, open_ranks
 from training.optim import build_optimizers
+from training.showing.timing import Stopwatch
 from training.step import TrainStep
-from training.timing import Stopwatch
 
 _CONFIG = Path(__file__).parents[1] / "configs" / "ms1mv3_r50.yaml"
 _FILLED_AT_ONCE = 1 << 14

@@ -4,7 +4,7 @@ Centres maximise the cosine to their members and are the members' mean scaled to
 zero row does not exist yet: nothing is assigned to it, and it is seeded like an empty cluster. One iteration:
 
 1. assign: every point goes to the centre of largest cosine, ties to the smaller index;
-2. gate: points that look mislabelled are found (`clustering.gate`); they no longer count in this iteration;
+2. gate: points that look mislabelled are found (`clustering.method.gate`); they no longer count in this iteration;
 3. seed: the worst-fitted counted point of each class is a candidate, the worst first (ties to the smaller class);
    the j-th empty cluster takes the j-th candidate as an additional member. One candidate a class, so that seeds
    do not gather on the few noisiest classes, and none for a class whose points all sit on their centres. Fewer

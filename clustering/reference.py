@@ -110,7 +110,7 @@ def dense_margins(
 
 
 def dense_kappaface(x_ND: Tensor, labels_N: Tensor, C: int, margin: float) -> list[float]:
-    """KappaFace's margins as the head of `clustering.kappaface` says, from unit rows and Python numbers."""
+    """KappaFace's margins as the head of `clustering.method.kappaface` says, from unit rows and Python numbers."""
     n_C = [int((labels_N == y).sum()) for y in range(C)]
     D = x_ND.shape[1]
     kappa_C = [math.nan] * C

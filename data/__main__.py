@@ -15,7 +15,7 @@ from data.commands.arguments import Parser
 from data.commands.packing import Options, rebuild_index, write_bin_of
 from data.commands.plans import bin_of_all
 from data.errors import DataError
-from data.sources import RESIZE_RULE
+from data.making.sources import RESIZE_RULE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,9 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from data.contact_sheet import Pixels
-from data.decode import DecodeError, decode_image
 from data.errors import DataError
-from data.records import RecordSet
+from data.loading.decode import DecodeError, decode_image
+from data.rec.records import RecordSet
 from data.verification_bin import VerificationSet
 
 _SAMPLE = 1000

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from backbones import IMAGE_SIZE
-from data.decode import DecodeError, Pixels
-from data.prefetch import prefetch
-from data.recordio import RecordError
+from data.loading.decode import DecodeError, Pixels
+from data.loading.prefetch import prefetch
+from data.rec.recordio import RecordError
 
 _AHEAD = 2
 

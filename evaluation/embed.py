@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from backbones import IMAGE_SIZE, Backbone, normalise_pixels
-from data.decode import decode_image
 from data.errors import DataError
+from data.loading.decode import decode_image
 from sharding import all_shards, shard_of
 
 # torch 2.13 renamed it; older builds on a GPU host may only know the former name.

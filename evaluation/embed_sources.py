@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from backbones import IMAGE_SIZE
-from data.decode import DecodeError, Pixels, decode_image
 from data.errors import DataError
-from data.pack import every_image
-from data.records import RecordSet
-from data.sources import FolderSource, encode_image, is_image
+from data.loading.decode import DecodeError, Pixels, decode_image
+from data.making.pack import every_image
+from data.making.sources import FolderSource, encode_image, is_image
+from data.rec.records import RecordSet
 from data.verification_bin import read_bin
 from evaluation.embedding_files import Ints
 
@@ -145,7 +145,7 @@ class FolderImages:
         return name
 
     def decode(self, row: int, out: Pixels) -> None:
-        """See `Source`. Those of another size or kind are made as `data.sources.RESIZE_RULE` says."""
+        """See `Source`. Those of another size or kind are made as `data.making.sources.RESIZE_RULE` says."""
         path = self._found.folder / self.name(row)
         try:
             encoded = encode_image(path.read_bytes())

@@ -19,10 +19,10 @@ import numpy.typing as npt
 import torch
 
 from backbones import IMAGE_SIZE, normalise_pixels
-from data.decode import DecodeError
 from data.errors import DataError, said
-from data.recordio import RecordError
-from data.records import RecordSet
+from data.loading.decode import DecodeError
+from data.rec.recordio import RecordError
+from data.rec.records import RecordSet
 from evaluation.embed_sources import RecordImages
 from evaluation.export_form import INPUT, ExportError, Form, needed
 from evaluation.export_run import FileBackbone

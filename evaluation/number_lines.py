@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.digits import columns_of
 from data.errors import DataError
+from data.rec.digits import columns_of
 from evaluation.embedding_files import Ints
 
 MOST_DIGITS = 18
@@ -24,10 +24,10 @@ _LONGEST = 1 << 12
 def read_columns(path: Path, columns: int) -> list[Ints]:
     """The C columns of a file of lines of C whole numbers parted by blanks or tabs: int64 (L,) each.
 
-    Lines that all have one blank, or all one tab, between two numbers are read by `data.digits`, others one by one, at
-    a fraction of the speed. Memory: 8 C bytes a line and some 50 MB. Raises DataError for a file that cannot be read or
-    is empty, and, with its number, for the first line that is anything else: signs, other counts, more than 18 digits,
-    nothing.
+    Lines that all have one blank, or all one tab, between two numbers are read by `data.rec.digits`, others one by one,
+    at a fraction of the speed. Memory: 8 C bytes a line and some 50 MB. Raises DataError for a file that cannot be read
+    or is empty, and, with its number, for the first line that is anything else: signs, other counts, more than 18
+    digits, nothing.
     """
     try:
         found = columns_of(path, (np.int64,) * columns, _separator(path)) or _one_by_one(path, columns)

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch.distributed as dist
 
-from clustering.findings import Findings
-from clustering.parts import PartFiles
-from clustering.report_data import Labelled, labelled
-from clustering.report_find import find_all
+from clustering.report.data import Labelled, labelled
+from clustering.report.find import find_all
+from clustering.report.findings import Findings
+from clustering.service.parts import PartFiles
 
 
 class Case(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clustering import float64_rows
+from clustering.nearest import float64_rows
 
 SIZES = [(1, 1, 1), (50, 7, 3), (301, 123, 40), (70, 512, 9)]
 """Rows, columns, rows of the sums."""
@@ -23,7 +23,7 @@ def dots(q: int, D: int, device: str, *, kernels: bool) -> Found:
     row_q, other_q = torch.arange(q, device=device).flip(0), torch.arange(q, device=device) * 3 % (q + 1)
     find = float64_rows.row_dots
     if kernels:
-        from clustering import kernel_float64_rows
+        from clustering.nearest import kernel_float64_rows
 
         find = kernel_float64_rows.row_dots
     together_q = find(x_qD, row_q, y_YD, other_q)
@@ -41,7 +41,7 @@ def sums(q: int, D: int, S: int, device: str, *, kernels: bool) -> Found:
     """How far moved sums are from those of whole numbers, and by how much another order of the rows changes them."""
     move_ = float64_rows.move_
     if kernels:
-        from clustering import kernel_float64_rows
+        from clustering.nearest import kernel_float64_rows
 
         move_ = kernel_float64_rows.move_
     x_qD = rows(q, D, seed=3, device=device)

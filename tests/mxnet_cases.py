@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from data.__main__ import main
-from data.header import EXACT, unpack
-from data.index import Index, read_index, rebuild, write_index
-from data.pack import write_records, write_sequence
-from data.recordio import HEAD, LENGTH_BITS, RecordReader, RecordWriter
-from data.records import RecordSet
+from data.making.pack import write_records, write_sequence
+from data.rec.header import EXACT, unpack
+from data.rec.index import Index, read_index, rebuild, write_index
+from data.rec.recordio import HEAD, LENGTH_BITS, RecordReader, RecordWriter
+from data.rec.records import RecordSet
 
 FIXTURE = Path(__file__).parent / "fixtures" / "mxnet"
 INSIGHTFACE = {"insightface", "face2rec2"}

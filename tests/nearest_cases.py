@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.codes import Rotation, code_centres, code_points
-from clustering.nearest import NONE, Nearest, nearest_, tolerance, top_two
-from clustering.nearest_codes import nearest_by_codes_
-from clustering.nearest_pairs import quieten
+from clustering.nearest.by_codes import nearest_by_codes_
+from clustering.nearest.by_pairs import quieten
+from clustering.nearest.codes import Rotation, code_centres, code_points
+from clustering.nearest.nearest import NONE, Nearest, nearest_, tolerance, top_two
 
 FP32, BF16, CODES = torch.float32, torch.bfloat16, torch.int8
 
@@ -43,7 +43,7 @@ def unit(*shape: int, seed: int) -> Tensor:
 def check_top_two(case: Case, device: str, kernel: bool) -> None:
     """The largest and the next of the true cosines of the rounded operands; hidden columns left out."""
     if kernel:
-        from clustering.kernel_nearest import top_two as find
+        from clustering.nearest.kernel_nearest import top_two as find
     else:
         find = top_two
     x_bD, centres_sD = unit(case.points, case.D, seed=1), unit(case.centres, case.D, seed=2)
@@ -79,7 +79,7 @@ def four_of_each_part(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tup
 
 def check_candidates(case: Case, device: str) -> None:
     """Candidates have the cosines that are said, the largest is one of them, and the others' largest is the rest's."""
-    from clustering.kernel_nearest import candidates
+    from clustering.nearest.kernel_nearest import candidates
 
     x_bD, centres_sD = unit(case.points, case.D, seed=1), unit(case.centres, case.D, seed=2)
     hidden_b = (torch.arange(case.points) * 31) % (case.centres + 1) - 1

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import data.partial
-import data.spill
+import data.making.partial
+import data.making.spill
 from data.__main__ import main
-from data.pack import SetWriter
+from data.making.pack import SetWriter
 
 
 def _killing(function: Any, left: list[int]) -> Any:
@@ -49,7 +49,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 def _main(folder: Path, stride: int, arguments: list[str]) -> None:
-    data.partial.STEP = data.spill.STEP = 7
+    data.making.partial.STEP = data.making.spill.STEP = 7
     importlib.import_module("pyarrow.parquet")  # once, not in each fork
 
     def of_set(name: str) -> list[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from data.hashing import CLASSES, MEMBERS, keys
-from data.permutation import ROUNDS
+from data.order.hashing import CLASSES, MEMBERS, keys
+from data.order.permutation import ROUNDS
 
 _WORD = 2**64
 

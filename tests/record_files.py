@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.header import Header, pack
-from data.index import Index, write_index
-from data.recordio import RecordWriter
+from data.rec.header import Header, pack
+from data.rec.index import Index, write_index
+from data.rec.recordio import RecordWriter
 
 Record = tuple[int, bytes]
 """(key, payload)"""

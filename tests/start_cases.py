@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from backbones import build_backbone, normalise_pixels
-from data.decode import decode_image
-from data.records import RecordSet
+from data.loading.decode import decode_image
+from data.rec.records import RecordSet
 from training.checkpoint import Saved
 
 D, OLD = 16, 18

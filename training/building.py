@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from clustering.service import ClusterService
+from clustering.service.service import ClusterService
 from configs.schema import RunConfig
-from data.batch import Loader
-from data.loader import build_loader
-from data.records import RecordSet
+from data.loading.batch import Loader
+from data.loading.loader import build_loader
+from data.rec.records import RecordSet
 from training.distributed import Ranks
-from training.timing import Stopwatch
+from training.showing.timing import Stopwatch
 
 
 def loader_of(config: RunConfig, records: RecordSet, ranks: Ranks, *, batch_size: int) -> Loader:

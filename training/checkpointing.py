@@ -21,8 +21,8 @@ from training.checkpoint.manifest import Facts
 from training.checkpoint.places import Place
 from training.checkpoint.same_run import refuse_another_run
 from training.distributed import Ranks, is_restart
-from training.metrics import RunLog
 from training.run_state import RunState
+from training.showing.metrics import RunLog
 
 _log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from backbones import IMAGE_SIZE
 from configs.data import DataConfig
 from configs.schema import ConfigError
-from data.cache import Cache, default_folder
-from data.records import RecordSet
+from data.rec.records import RecordSet
+from data.stores.cache import Cache, default_folder
 
 
 def make_writable(output: Path, rank: int) -> None:

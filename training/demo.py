@@ -20,11 +20,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from clustering.class_report import ClassReport
+from clustering.service.class_report import ClassReport
 from data.contact_sheet import Pixels, write_png
-from data.records import RecordSet
+from data.rec.records import RecordSet
 from data.synthetic import SyntheticFaces
-from training.gallery import class_sheet
+from training.showing.gallery import class_sheet
 
 _ROOT = Path(__file__).parents[1]
 _RANKS = 2

@@ -18,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backbones import IMAGE_SIZE, Backbone
 from configs.schema import ConfigError, TrainConfig
-from training.lost import says_a_rank_is_lost
-from training.meeting import MeetingError, meet
-from training.monitor import NCCL_LATER_S, START_S, Monitor
-from training.orphans import stop_with_launcher
+from training.ranks.lost import says_a_rank_is_lost
+from training.ranks.meeting import MeetingError, meet
+from training.ranks.monitor import NCCL_LATER_S, START_S, Monitor
+from training.ranks.orphans import stop_with_launcher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from clustering.class_report import ClassReport
+from clustering.service.class_report import ClassReport
 from configs.load import to_yaml
 from configs.schema import RunConfig
 from data.files import appearing
-from data.records import RecordSet
+from data.rec.records import RecordSet
 from training.distributed import Ranks
-from training.metrics import RunLog
+from training.showing.metrics import RunLog
 from training.weight_files import write_weights
 
 

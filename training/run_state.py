@@ -4,7 +4,7 @@
     optimizer.backbone.*    by number of the parameter
     head.weight             rows of class centres; head.*, what a loss has learnt on the way
     optimizer.centres.*     rows, as the centres'
-    clusters.*              the cluster service's; `clustering.saving` says how it is cut
+    clusters.*              the cluster service's; `clustering.service.saving` says how it is cut
     random.cpu, .cuda       a row for each rank
 
 Order of the samples, flips and drawn classes need nothing: they follow from seed and step.
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clustering.saving import first_and_total, kind_of
-from clustering.service import ClusterService
+from clustering.service.saving import first_and_total, kind_of
+from clustering.service.service import ClusterService
 from partial_fc.head import PartialFCHead
 from sharding import Rows
 from training.checkpoint import CheckpointError, Saved

@@ -24,14 +24,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from backbones import normalise_pixels
-from clustering.service import ClusterService
+from clustering.service.service import ClusterService
 from configs.schema import RunConfig
-from data.batch import Batch
+from data.loading.batch import Batch
 from partial_fc.collectives import GatheredBatch
 from partial_fc.head import PartialFCHead
 from training.loss_scale import LossScale
 from training.optim import set_learning_rate
-from training.timing import Stopwatch
+from training.showing.timing import Stopwatch
 from training.undo import Undo
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

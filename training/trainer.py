@@ -13,25 +13,25 @@ import torch
 
 from backbones import build_backbone
 from configs.schema import ConfigError, RunConfig
-from data.batch import Batch
+from data.loading.batch import Batch
 from partial_fc.head import PartialFCHead
-from training.agreement import facts_of, open_same_records
-from training.board import Board
 from training.building import loader_of, service_of
 from training.checkpoint import Saved
 from training.checkpointing import RunCheckpoints
 from training.checks import make_writable, steps_of
 from training.distributed import Ranks, data_parallel, is_restart
 from training.errors import TrainingError
-from training.flops import Work
 from training.guard import Guard, RollBack
-from training.layout import layout
-from training.meter import Meter, cluster_advice, cluster_histograms
-from training.metrics import RunLog
-from training.monitor import CLOSING
 from training.optim import build_optimizers, learning_rate
+from training.ranks.agreement import facts_of, open_same_records
+from training.ranks.monitor import CLOSING
 from training.results import introduce, write_results
 from training.run_state import RunState
+from training.showing.board import Board
+from training.showing.flops import Work
+from training.showing.layout import layout
+from training.showing.meter import Meter, cluster_advice, cluster_histograms
+from training.showing.metrics import RunLog
 from training.sinks import Sinks, build_sinks
 from training.step import TrainStep
 from training.stopping import Signals, Stopped, StopRequest

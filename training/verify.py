@@ -17,14 +17,14 @@ import evaluation.verification as pairs_of_faces
 from backbones import Backbone
 from configs.schema import ConfigError, RunConfig
 from data.errors import DataError
-from data.records import RecordSet
+from data.rec.records import RecordSet
 from data.verification_bin import VerificationSet
 from evaluation.pairs import PairEmbeddings, embed_pairs, read_pairs
 from evaluation.plots import Drawn, drawn, label, verification_figure
 from training.distributed import Ranks
-from training.drawing import Drawing
 from training.errors import TrainingError
-from training.metrics import RunLog, append_line
+from training.showing.drawing import Drawing
+from training.showing.metrics import RunLog, append_line
 from training.stopping import StopRequest
 
 _PATIENCE_S = 3.0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.experiments.nets import Net
 from benchmarks.experiments.placebo import service_of
-from clustering.service import ClusterService
+from clustering.service.service import ClusterService
 from configs.head import HeadConfig
 from configs.schema import ClusteringConfig, OptimConfig
 from partial_fc.head import PartialFCHead

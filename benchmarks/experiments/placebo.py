@@ -10,11 +10,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from clustering.margins import class_margins, smallest_margin
-from clustering.published import Published
-from clustering.refresh import Refresh
-from clustering.service import ClusterService
-from clustering.shards import add_rows_, unit_or
+from clustering.method.margins import class_margins, smallest_margin
+from clustering.service.published import Published
+from clustering.service.refresh import Refresh
+from clustering.service.service import ClusterService
+from clustering.service.shards import add_rows_, unit_or
 from partial_fc.collectives import GatheredBatch
 
 _SEED = 1000

@@ -27,7 +27,7 @@ from benchmarks.experiments.fitting import Recipe, fit
 from benchmarks.experiments.nets import Net, SmallMLP, TinyCNN
 from benchmarks.experiments.pools import FEATURES, Pool, fingerprint, open_pool, shifted
 from benchmarks.experiments.tiers import TIERS
-from clustering.service import ClusterService
+from clustering.service.service import ClusterService
 
 FARS = (1e-3, 1e-4)
 _NOISE = 0.4  # of a feature's unit deviation, anew in every batch: what augmentation is to images

@@ -14,19 +14,19 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clustering.cleaning import Actions, Plan, plan
 from clustering.commands.arguments import whole
 from clustering.commands.names import identities
-from clustering.report_data import Ints
-from clustering.together import InputError
+from clustering.job.together import InputError
+from clustering.report.cleaning import Actions, Plan, plan
+from clustering.report.data import Ints
 from data.errors import DataError
 from data.files import appearing
-from data.header import EXACT
-from data.pack import write_records
-from data.places import where
-from data.properties import Properties
-from data.recordio import Where
-from data.records import RecordSet
+from data.making.pack import write_records
+from data.rec.header import EXACT
+from data.rec.places import where
+from data.rec.properties import Properties
+from data.rec.recordio import Where
+from data.rec.records import RecordSet
 
 _FILES = ("train.rec", "property", "train.lst", "changes.csv", "labels.csv", "train.idx")
 """In the order they appear: the index last."""

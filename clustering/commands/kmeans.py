@@ -22,15 +22,15 @@ from torch import Tensor
 
 from clustering.commands.arguments import nonnegative, whole
 from clustering.commands.progress import Display
-from clustering.files import FileRows, unit_rows
-from clustering.job import Job, Outcome, Settings
-from clustering.job_state import JobState
-from clustering.parts import PartFiles, contains, map_array
-from clustering.seeding import class_means, placed, plus_plus, random_rows, too_few
-from clustering.seeding_parallel import parallel_plus_plus
-from clustering.sharded_files import read_sharded, write_sharded
-from clustering.together import InputError, on_rank_zero, together
-from clustering.writing import write_bytes
+from clustering.job.files import FileRows, unit_rows
+from clustering.job.job import Job, Outcome, Settings
+from clustering.job.sharded_files import read_sharded, write_sharded
+from clustering.job.state import JobState
+from clustering.job.together import InputError, on_rank_zero, together
+from clustering.job.writing import write_bytes
+from clustering.lloyd.seeding import class_means, placed, plus_plus, random_rows, too_few
+from clustering.lloyd.seeding_parallel import parallel_plus_plus
+from clustering.service.parts import PartFiles, contains, map_array
 from configs.schema import ConfigError, TrainConfig
 from partial_fc.collectives import all_reduce_
 from training.distributed import Ranks, open_ranks

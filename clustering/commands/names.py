@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data.records import RecordSet
+from data.rec.records import RecordSet
 
 
 def identities(records: RecordSet) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 
 from clustering.commands.page_style import STYLE
-from clustering.findings import Copy, Duplicate, Findings, LabelState, Noise, Split
+from clustering.report.findings import Copy, Duplicate, Findings, LabelState, Noise, Split
 from data.page import document, facts_list
 
 NOISE_ROWS, GROUP_ROWS, COPY_ROWS, LABEL_ROWS = 60, 25, 30, 20

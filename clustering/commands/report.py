@@ -15,17 +15,17 @@ from rich.console import Console
 from clustering.commands.names import identities
 from clustering.commands.page import View, render
 from clustering.commands.thumbnails import Thumbnails
-from clustering.findings import Findings
-from clustering.findings_csv import FILES, table_text
-from clustering.parts import PartFiles, map_array
-from clustering.report_data import Ints, Labelled, labelled
-from clustering.report_find import find_all
-from clustering.together import InputError
+from clustering.job.together import InputError
+from clustering.report.data import Ints, Labelled, labelled
+from clustering.report.find import find_all
+from clustering.report.findings import Findings
+from clustering.report.findings_csv import FILES, table_text
+from clustering.service.parts import PartFiles, map_array
 from configs.schema import ConfigError, TrainConfig
 from data.errors import DataError
 from data.files import appearing
-from data.places import where
-from data.records import RecordSet
+from data.rec.places import where
+from data.rec.records import RecordSet
 from training.distributed import open_ranks
 
 _PAGE = "index.html"

@@ -7,9 +7,9 @@ from functools import lru_cache
 import cv2
 import simplejpeg
 
-from data.decode import decode_image
 from data.errors import DataError
-from data.records import RecordSet
+from data.loading.decode import decode_image
+from data.rec.records import RecordSet
 
 SIDE = 64
 """Pixels."""

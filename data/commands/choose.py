@@ -8,14 +8,14 @@ from typing import Any
 
 from rich.console import Console
 
-from data.choosing import merge, split, subset
 from data.commands.arguments import fraction, shown, whole
 from data.errors import DataError
-from data.places import where
-from data.recordio import Where
-from data.records import RecordSet
-from data.rewrite import Selection, names_of_set, names_text, refuse_set, refuse_source, texts_of, write_set
-from data.shuffling import MEMORY, shuffled
+from data.making.choosing import merge, split, subset
+from data.making.rewrite import Selection, names_of_set, names_text, refuse_set, refuse_source, texts_of, write_set
+from data.making.shuffling import MEMORY, shuffled
+from data.rec.places import where
+from data.rec.recordio import Where
+from data.rec.records import RecordSet
 
 
 def add(commands: Any) -> None:

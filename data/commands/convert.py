@@ -14,13 +14,13 @@ from rich.console import Console
 
 from data.commands.arguments import shown, whole
 from data.commands.numbering import classes_of, origins_text
-from data.decode import declared_size
 from data.errors import DataError
 from data.files import find_all
-from data.places import Folder, is_address, where
-from data.records import RecordSet
-from data.rewrite import refuse_source, write_set
-from data.webdataset import SHARD_IMAGES, Shards, write_shards
+from data.loading.decode import declared_size
+from data.making.rewrite import refuse_source, write_set
+from data.making.webdataset import SHARD_IMAGES, Shards, write_shards
+from data.rec.places import Folder, is_address, where
+from data.rec.records import RecordSet
 
 _SHARD = re.compile(r"[0-9]{6}\.tar")
 """Names of ours: others' tar files are left alone."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from data.checksums import NAME, check_hashes, files_of, write_hashes
+from data.checking.checksums import NAME, check_hashes, files_of, write_hashes
 from data.commands.arguments import CORES, progress_on, whole
 
 

@@ -12,15 +12,15 @@ from rich.console import Console
 
 from configs.load import load_config
 from configs.schema import ConfigError
-from data.augment import Augment, apply_
-from data.cache import Cache
 from data.commands.arguments import whole
 from data.contact_sheet import Pixels, contact_sheet, write_png
-from data.decode import decode_image
 from data.errors import DataError
-from data.places import local_file, where
-from data.records import RecordSet
-from data.sources import IMAGE_SIZE
+from data.loading.augment import Augment, apply_
+from data.loading.decode import decode_image
+from data.making.sources import IMAGE_SIZE
+from data.rec.places import local_file, where
+from data.rec.records import RecordSet
+from data.stores.cache import Cache
 from data.summary import facts_of, facts_of_pairs, first_images, first_pairs, histogram, lines
 from data.verification_bin import read_bin
 

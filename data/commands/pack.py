@@ -14,13 +14,13 @@ from data.commands.packing import Options, pack_set
 from data.commands.plans import HeldOut, Labelled, Plan, Training, Verification, folder_set, labelled_set, synthetic_set
 from data.errors import DataError
 from data.files import find_all, identified
-from data.lst import COLUMNS, ListSource, read_list
-from data.parquet import Table, jumps, read_table
-from data.partial import SPILL
-from data.sources import RESIZE_RULE
-from data.spill import SpilledSource, files_of
+from data.making.lst import COLUMNS, ListSource, read_list
+from data.making.parquet import Table, jumps, read_table
+from data.making.partial import SPILL
+from data.making.sources import RESIZE_RULE
+from data.making.spill import SpilledSource, files_of
+from data.making.webdataset import Shards, ShardSource
 from data.synthetic import DIFFICULTY_SPREAD
-from data.webdataset import Shards, ShardSource
 
 
 def add(commands: Any) -> None:

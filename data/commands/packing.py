@@ -12,14 +12,14 @@ from rich.console import Console
 from data.commands.arguments import progress_on, shown
 from data.commands.plans import HeldOut, Training, stamp_of
 from data.errors import DataError
-from data.header import EXACT
-from data.index import rebuild, write_index
-from data.pack import Encoder, encode_all
-from data.partial import IDX, REC, PartialSet
-from data.properties import Properties
-from data.recordio import RecordReader
-from data.rewrite import SIDE_FILES
-from data.sources import IMAGE_SIZE
+from data.making.pack import Encoder, encode_all
+from data.making.partial import IDX, REC, PartialSet
+from data.making.rewrite import SIDE_FILES
+from data.making.sources import IMAGE_SIZE
+from data.rec.header import EXACT
+from data.rec.index import rebuild, write_index
+from data.rec.properties import Properties
+from data.rec.recordio import RecordReader
 from data.verification_bin import write_bin
 
 _SET = (REC, "property", *SIDE_FILES, "verification.bin", IDX)

@@ -14,9 +14,9 @@ import PIL
 
 from data.commands.numbering import classes_of, origins_text
 from data.errors import DataError
-from data.pack import Rows, every_image
-from data.pairs import Pairs, draw_pairs
-from data.sources import FolderSource, Source, SyntheticSource
+from data.making.pack import Rows, every_image
+from data.making.pairs import Pairs, draw_pairs
+from data.making.sources import FolderSource, Source, SyntheticSource
 from data.synthetic import plan_samples
 
 Say = Callable[[str], None]

@@ -13,14 +13,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data.checksums import NAME
+from data.checking.checksums import NAME
+from data.checking.findings import KINDS, MOST, Verified
+from data.checking.verify import Progress, verify
 from data.commands.arguments import CORES, progress_on, shown, whole
 from data.errors import DataError
-from data.findings import KINDS, MOST, Verified
-from data.header import unpack
-from data.recordio import RecordReader
-from data.rewrite import names_of, names_text, refuse_set, refuse_source, write_set
-from data.verify import Progress, verify
+from data.making.rewrite import names_of, names_text, refuse_set, refuse_source, write_set
+from data.rec.header import unpack
+from data.rec.recordio import RecordReader
 
 _SHOWN = 20
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from backbones import IMAGE_SIZE
 from data.commands.arguments import progress_on
 from data.errors import DataError
-from data.places import where
-from data.records import RecordSet
-from data.sources import RESIZE_RULE
+from data.making.sources import RESIZE_RULE
+from data.rec.places import where
+from data.rec.records import RecordSet
 from evaluation.commands.model import add_model, chosen_model
 from evaluation.embed_output import Output
 from evaluation.embed_records import embed_all, load_backbone, rows_of

@@ -12,8 +12,8 @@ from rich.console import Console
 from backbones import Backbone
 from data.commands.arguments import whole
 from data.errors import DataError
-from data.places import where
-from data.records import RecordSet
+from data.rec.places import where
+from data.rec.records import RecordSet
 from data.verification_bin import VerificationSet
 from evaluation.commands.model import add_model, chosen_model
 from evaluation.commands.results import names_of, percent, refuse_ranks, show

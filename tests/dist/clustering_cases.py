@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.bank import EmbeddingBank
+from clustering.service.bank import EmbeddingBank
 from partial_fc.collectives import GatheredBatch, gather_batch
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.service import ClusterService
+from clustering.service.service import ClusterService
 from configs.schema import ClusteringConfig
 from partial_fc.collectives import GatheredBatch, gather_batch
 from tests.dist.clustering_cases import CASES, CPU, Case, problem, share_of

@@ -25,7 +25,7 @@ from training.checkpoint.part import write
 from training.checkpoint.same_run import refuse_another_run
 from training.checkpoint.saver import _SIGN
 from training.checkpointing import RunCheckpoints
-from training.metrics import RunLog
+from training.showing.metrics import RunLog
 
 ROWS = 11
 X = torch.arange(ROWS * 3, dtype=torch.float32).view(ROWS, 3)

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from clustering import pace
-from clustering.pace import Plan, plan_refresh
-from clustering.service import ClusterService
+from clustering.service import pace
+from clustering.service.pace import Plan, plan_refresh
+from clustering.service.service import ClusterService
 from configs.schema import ConfigError
 from tests.dist.clustering_cases import CASES, by_sample, problem
 from tests.dist.service_cases import EPOCH, NOISY, STEPS, build, train

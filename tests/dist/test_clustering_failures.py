@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clustering.guard import Guard, agree
-from clustering.service import ClusterService
+from clustering.service.guard import Guard, agree
+from clustering.service.service import ClusterService
 from partial_fc.collectives import GatheredBatch
 from tests.dist.clustering_cases import CPU, Case, problem
 from tests.dist.service_cases import EPOCH, NOISY, STEPS, build, train, weights

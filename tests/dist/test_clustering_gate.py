@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.gate import AT_HOME, clearly_elsewhere, suspects_of
-from clustering.hardness import CountTable
 from clustering.kmeans import assign, class_mean_centres, spherical_kmeans
+from clustering.method.gate import AT_HOME, clearly_elsewhere, suspects_of
+from clustering.method.hardness import CountTable
 from clustering.reference import dense_clear_suspects, dense_suspects
 from configs.schema import ClusteringConfig, ConfigError
 from partial_fc.collectives import all_reduce_

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from clustering.align import match_classes
-from clustering.gate import find_suspects
-from clustering.hardness import CountTable, agreement, cohesion, hard_level, of_all_classes
 from clustering.kmeans import class_mean_centres, spherical_kmeans
-from clustering.margins import class_margins, ramped, smallest_margin
+from clustering.method.align import match_classes
+from clustering.method.gate import find_suspects
+from clustering.method.hardness import CountTable, agreement, cohesion, hard_level, of_all_classes
+from clustering.method.margins import class_margins, ramped, smallest_margin
 from clustering.reference import (
     dense_agreement,
     dense_cohesion,

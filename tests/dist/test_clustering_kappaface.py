@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.hardness import cohesion, of_all_classes
-from clustering.kappaface import kappaface_margins
+from clustering.method.hardness import cohesion, of_all_classes
+from clustering.method.kappaface import kappaface_margins
 from clustering.reference import dense_kappaface
 from sharding import shard_of
 from tests.dist.clustering_cases import CASES, Case, by_sample, problem

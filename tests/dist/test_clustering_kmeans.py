@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering.dist_kmeans import KMeansRun
-from clustering.gate import find_suspects
-from clustering.hardness import CountTable
 from clustering.kmeans import class_mean_centres, spherical_kmeans
+from clustering.method.gate import find_suspects
+from clustering.method.hardness import CountTable
 from clustering.reference import dense_suspects
+from clustering.service.dist_kmeans import KMeansRun
 from sharding import shard_of
 from tests.dist.clustering_cases import CASES, Case, by_sample, filled_bank, problem, seen_rows
 from tests.ranks import WORLD_SIZES, RankPool

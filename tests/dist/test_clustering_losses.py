@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering import contrastive
-from clustering.align import alignment_loss
-from clustering.contrastive import Candidates, contrastive_loss
+from clustering.method import contrastive
+from clustering.method.align import alignment_loss
+from clustering.method.contrastive import Candidates, contrastive_loss
 from clustering.reference import dense_alignment, dense_contrastive
 from sharding import shard_of
 from tests.dist.clustering_cases import Case, gathered, relative

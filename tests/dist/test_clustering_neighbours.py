@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.neighbours import nearest_classes
+from clustering.method.neighbours import nearest_classes
 from clustering.reference import dense_neighbours
 from partial_fc.collectives import GatheredBatch
 from sharding import shard_of

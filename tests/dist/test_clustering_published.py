@@ -11,7 +11,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.published import Published
 from clustering.reference import (
     dense_agreement,
     dense_cohesion,
@@ -20,7 +19,8 @@ from clustering.reference import (
     dense_margins,
     dense_suspects,
 )
-from clustering.service import ClusterService
+from clustering.service.published import Published
+from clustering.service.service import ClusterService
 from partial_fc.collectives import GatheredBatch
 from tests.dist.clustering_cases import CASES, Case, by_sample, problem, relative
 from tests.dist.service_cases import EPOCH, NOISY, STEPS, batch_at, build, train, trained

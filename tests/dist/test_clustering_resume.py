@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.errors import ClusterStateError
-from clustering.guard import agree
-from clustering.saving import kind_of
-from clustering.service import ClusterService
+from clustering.service.guard import agree
+from clustering.service.saving import kind_of
+from clustering.service.service import ClusterService
 from partial_fc.collectives import GatheredBatch
 from tests.dist.clustering_cases import CASES, CPU, Case
 from tests.dist.service_cases import AS_SHIPPED, NOISY, STEPS, build, snapshot, train, trained, weights

@@ -144,7 +144,7 @@ def test_encoded_images_equal_their_pixels(ranks: RankPool, world_size: int) -> 
 
 
 def test_jpegs_and_odd_images_are_decoded() -> None:
-    from data.decode import decode_image
+    from data.loading.decode import decode_image
 
     images = [jpeg(3), *odd_images().values()]
     pixels = np.stack([decode_image(image, (112, 112)) for image in images])

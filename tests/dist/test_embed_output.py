@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from backbones import build_backbone
-from clustering.parts import PartFiles
+from clustering.service.parts import PartFiles
 from data.errors import DataError
 from evaluation import embed_records
 from evaluation.embed_output import Output

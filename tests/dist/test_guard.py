@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from backbones import Backbone
-from clustering.service import ClusterService
+from clustering.service.service import ClusterService
 from configs.schema import ClusteringConfig, GuardConfig, HeadConfig, OptimConfig, RunConfig, TrainConfig
-from data.batch import Batch
+from data.loading.batch import Batch
 from partial_fc.head import PartialFCHead
 from tests.ranks import WORLD_SIZES, RankPool, ranks_of
 from training.distributed import data_parallel

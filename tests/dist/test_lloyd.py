@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering import lloyd_assign
-from clustering.lloyd import Iteration, Lloyd
-from clustering.lloyd_reference import plain_iteration
-from clustering.rows import TensorRows
-from clustering.threads import each
+from clustering.lloyd import assign as lloyd_assign
+from clustering.lloyd.lloyd import Iteration, Lloyd
+from clustering.lloyd.reference import plain_iteration
+from clustering.lloyd.threads import each
+from clustering.service.rows import TensorRows
 from sharding import shard_of
 from tests.ranks import WORLD_SIZES, RankPool
 

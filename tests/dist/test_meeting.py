@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from training.meeting import MeetingError, meet
+from training.ranks.meeting import MeetingError, meet
 
 _SOON = datetime.timedelta(seconds=20)
 

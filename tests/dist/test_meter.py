@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import training.meter
-import training.timing
+import training.showing.meter
+import training.showing.timing
 from tests.dist.test_guard import Run
 from tests.ranks import WORLD_SIZES, RankPool, ranks_of
-from training.meter import Meter
-from training.timing import Stopwatch
+from training.showing.meter import Meter
+from training.showing.timing import Stopwatch
 
 STEPS = 4
 
@@ -40,7 +40,7 @@ class _Clock:
 def _ticking(group: dist.ProcessGroup, micro_batches: int) -> dict[str, float]:
     run = Run(group)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.timing, "time", _Ticks())
+        patch.setattr(training.showing.timing, "time", _Ticks())
         run.step(0, micro_batches=micro_batches)
         run.step(1, micro_batches=micro_batches)
         return {name: watch.take() / 2 for name, watch in run.train_step.stopwatches.items()}
@@ -62,8 +62,8 @@ def _straggling(group: dist.ProcessGroup, slow: int) -> dict[str, float]:
     ranks = ranks_of(group)
     clock = _Clock()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.timing, "time", clock)
-        patch.setattr(training.meter, "time", clock)
+        patch.setattr(training.showing.timing, "time", clock)
+        patch.setattr(training.showing.meter, "time", clock)
         meter = Meter(ranks)
         run = Run(group)
         watches = {name: Stopwatch(torch.device("cpu")) for name in ("backbone", "head", "communication")}

@@ -15,7 +15,7 @@ from backbones import Backbone, build_backbone
 from backbones.recompute import recompute
 from backbones.vit import VisionTransformer
 from configs.schema import ClusteringConfig, HeadConfig, OptimConfig, RunConfig, TrainConfig
-from data.batch import Batch
+from data.loading.batch import Batch
 from partial_fc.head import PartialFCHead
 from tests.ranks import WORLD_SIZES, RankPool, ranks_of
 from training.distributed import data_parallel

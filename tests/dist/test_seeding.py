@@ -13,15 +13,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.job_state import JobState
-from clustering.lloyd import Lloyd
-from clustering.minibatch import MiniBatch
-from clustering.rows import TensorRows
-from clustering.seeding import class_means, placed, plus_plus, random_rows
-from clustering.seeding_parallel import parallel_plus_plus
-from clustering.sharded_files import read_sharded, write_sharded
-from clustering.split_merge import split_and_merge
-from clustering.together import InputError, together
+from clustering.job.sharded_files import read_sharded, write_sharded
+from clustering.job.state import JobState
+from clustering.job.together import InputError, together
+from clustering.lloyd.lloyd import Lloyd
+from clustering.lloyd.minibatch import MiniBatch
+from clustering.lloyd.seeding import class_means, placed, plus_plus, random_rows
+from clustering.lloyd.seeding_parallel import parallel_plus_plus
+from clustering.lloyd.split_merge import split_and_merge
+from clustering.service.rows import TensorRows
 from sharding import shard_of
 from tests.ranks import WORLD_SIZES, RankPool
 

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from backbones import Backbone, build_backbone
-from clustering.service import ClusterService
+from clustering.service.service import ClusterService
 from configs.schema import ClusteringConfig, HeadConfig, OptimConfig, RunConfig, TrainConfig
-from data.batch import Batch
+from data.loading.batch import Batch
 from partial_fc.head import PartialFCHead, initial_centres
 from partial_fc.reference import dense_margin_softmax
 from sharding import all_shards

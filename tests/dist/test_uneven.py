@@ -15,7 +15,7 @@ from configs.head import HeadConfig
 from configs.schema import ConfigError, EvalConfig, ModelConfig, RunConfig, TrainConfig
 from data.__main__ import main as data
 from tests.ranks import RankPool, ranks_of
-from training.agreement import label_digest, refuse_different_sets
+from training.ranks.agreement import label_digest, refuse_different_sets
 from training.stopping import Signals
 from training.trainer import Trainer
 

@@ -17,7 +17,7 @@ from data.verification_bin import write_bin
 from tests.image_cases import jpeg
 from tests.ranks import RankPool, ranks_of
 from training.errors import TrainingError
-from training.metrics import RunLog
+from training.showing.metrics import RunLog
 from training.stopping import Signals, StopRequest
 from training.verify import Verification, share_statistics
 

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from clustering import float64_rows
+from clustering.nearest import float64_rows
 from tests import float64_cases
 from tests.float64_cases import SIZES
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backbones import build_backbone
 from configs.schema import ClusteringConfig, GuardConfig, HeadConfig, OptimConfig, RunConfig, TrainConfig
-from data.batch import Batch
+from data.loading.batch import Batch
 from partial_fc.head import PartialFCHead
 from training.distributed import Ranks, data_parallel
 from training.guard import Guard

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering import kernel_nearest
-from clustering.lloyd import Lloyd
-from clustering.rows import TensorRows
+from clustering.lloyd.lloyd import Lloyd
+from clustering.nearest import kernel_nearest
+from clustering.service.rows import TensorRows
 from tests import nearest_cases
 from tests.dist.test_lloyd import CASES as LLOYD_CASES
 from tests.dist.test_lloyd import data

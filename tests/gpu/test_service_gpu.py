@@ -12,7 +12,7 @@ from backbones import IMAGE_SIZE
 from benchmarks.service_step import Arm, long_tailed_labels
 from configs.load import load_config
 from configs.schema import TrainConfig
-from data.batch import Batch
+from data.loading.batch import Batch
 from training.distributed import open_ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

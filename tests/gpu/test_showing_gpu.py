@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.flops import peak_tflops
-from training.memory import memory_in_use
-from training.timing import Stopwatch
+from training.showing.flops import peak_tflops
+from training.showing.memory import memory_in_use
+from training.showing.timing import Stopwatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

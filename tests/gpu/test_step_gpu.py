@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 
-from clustering.step_choice import kernel_ops, step_ops
-from clustering.step_plain import PLAIN
-from clustering.step_trial import differences
+from clustering.step.choice import kernel_ops, step_ops
+from clustering.step.plain import PLAIN
+from clustering.step.trial import differences
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

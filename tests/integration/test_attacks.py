@@ -25,7 +25,7 @@ import torch
 import train_dist
 from backbones import build_backbone
 from clustering.__main__ import main as clustering
-from clustering.start import read_start
+from clustering.service.start import read_start
 from configs.schema import ConfigError
 from data.__main__ import main as data
 from evaluation.__main__ import main as evaluation

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from data.__main__ import main as data
-from data.decode import DecodeError, decode_image
-from data.sources import encode_image
+from data.loading.decode import DecodeError, decode_image
+from data.making.sources import encode_image
 from tests.attack_cases import Evil, Say
 from tests.image_cases import jpeg
 from tests.integration.conftest import Run, call
@@ -119,8 +119,8 @@ def test_bombs_are_not_packed(source: str, kind: str, tmp_path: Path, said: Say)
 _PEAK = """
 import resource, sys
 from pathlib import Path
-from data.decode import DecodeError, check_image, decode_image
-from data.sources import encode_image
+from data.loading.decode import DecodeError, check_image, decode_image
+from data.making.sources import encode_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     for read, more in ((encode_image, ()), (decode_image, ((112, 112),)), (check_image, ((112, 112),))):

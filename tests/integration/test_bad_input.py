@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.header import pack, unpack
-from data.recordio import RecordReader, RecordWriter
+from data.rec.header import pack, unpack
+from data.rec.recordio import RecordReader, RecordWriter
 from data.verification_bin import read_bin, write_bin
 from tests.integration.conftest import Run, call
 

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from clustering import __main__ as command_line
-from clustering import files
-from clustering.job import Job
-from clustering.job_state import JobState
+from clustering.job import files
+from clustering.job.job import Job
+from clustering.job.state import JobState
 from tests.integration.conftest import ROOT, call, environment
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

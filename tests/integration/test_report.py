@@ -15,12 +15,12 @@ import torch.distributed as dist
 from backbones import build_backbone
 from clustering.commands import clean, report
 from clustering.commands.arguments import Parser
-from clustering.findings import Copy, Duplicate, Noise, Split
-from clustering.findings_csv import FILES, table_text
-from data.decode import decode_image
-from data.pack import write_records
-from data.properties import Properties
-from data.records import RecordSet
+from clustering.report.findings import Copy, Duplicate, Noise, Split
+from clustering.report.findings_csv import FILES, table_text
+from data.loading.decode import decode_image
+from data.making.pack import write_records
+from data.rec.properties import Properties
+from data.rec.records import RecordSet
 from evaluation.__main__ import main as evaluation
 from tests.findings_cases import persons
 from tests.integration.conftest import IDENTITIES, IMAGES

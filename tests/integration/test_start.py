@@ -14,16 +14,16 @@ import torch
 import torch.distributed as dist
 
 from data.__main__ import main as data
-from data.records import RecordSet
-from data.rewrite import write_set
+from data.making.rewrite import write_set
+from data.rec.records import RecordSet
 from partial_fc.head import initial_centres
 from tests.attack_cases import Say
 from tests.integration.conftest import IDENTITIES, IMAGES, Run
 from tests.start_cases import OLD, REFUSED, D, exact_means, first_loss
-from training import warm_start
 from training.__main__ import main
 from training.checkpoint import Saved, place_of
 from training.checkpoint.places import Place
+from training.warm import warm_start
 
 Said = pytest.CaptureFixture[str]
 PLAIN = "clustering.enabled=false"

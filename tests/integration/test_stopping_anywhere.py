@@ -48,7 +48,7 @@ elif moment == "evaluation":
 elif moment == "saving":
     saver.write = say_and_wait(saver.write)
 elif moment == "refresh":
-    from clustering.refresh import Refresh
+    from clustering.service.refresh import Refresh
     Refresh.advance = say_and_wait(Refresh.advance)
 sys.exit(train_dist.main(arguments))
 """

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.decode import decode_image
-from data.header import EXACT
-from data.pack import write_sequence
-from data.properties import Properties
-from data.records import RecordSet
+from data.loading.decode import decode_image
+from data.making.pack import write_sequence
+from data.rec.header import EXACT
+from data.rec.properties import Properties
+from data.rec.records import RecordSet
 from data.verification_bin import read_bin
 from tests.image_cases import jpeg
 from tests.interop.shared import Mxnet, ask, run_data, same_to_both, samples

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.header import unpack
-from data.index import read_index
-from data.recordio import HEAD, LENGTH_BITS, RecordReader
-from data.records import RecordSet
+from data.rec.header import unpack
+from data.rec.index import read_index
+from data.rec.recordio import HEAD, LENGTH_BITS, RecordReader
+from data.rec.records import RecordSet
 from tests.mxnet_cases import sha256
 
 ROOT = Path(__file__).parents[2]

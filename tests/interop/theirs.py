@@ -7,9 +7,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.index import read_index
-from data.recordio import MAGIC_BYTES, RecordReader, RecordWriter
-from data.records import RecordSet
+from data.rec.index import read_index
+from data.rec.recordio import MAGIC_BYTES, RecordReader, RecordWriter
+from data.rec.records import RecordSet
 from tests.image_cases import jpeg
 from tests.interop.shared import Mxnet, ask, parts, run_data, same_to_both, samples
 from tests.mxnet_cases import FIXTURE, MxnetSets

@@ -9,10 +9,10 @@ import pytest
 from configs.addresses import holds_credentials
 from configs.load import load_config
 from configs.schema import ConfigError
-from data.cache import Cache
 from data.errors import DataError
-from data.places import local_file, place_of
-from data.records import RecordSet
+from data.rec.places import local_file, place_of
+from data.rec.records import RecordSet
+from data.stores.cache import Cache
 
 SECRET = "hunter2"
 WITH = [

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from configs.augment import AugmentConfig
 from configs.checks import ConfigError
-from data.augment import BOXES, Augment, Drawn, apply_
-from data.batch import Batch
-from data.loader import build_loader
+from data.loading.augment import BOXES, Augment, Drawn, apply_
+from data.loading.batch import Batch
+from data.loading.loader import build_loader
 from tests.image_cases import MemorySet, jpeg
 
 SIZE = (112, 112)

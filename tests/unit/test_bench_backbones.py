@@ -14,7 +14,7 @@ from backbones.iresnet import BLOCKS
 from benchmarks import backbones
 from benchmarks.activations import bytes_per_image
 from benchmarks.backbones import ARMS, HEADER, PUBLISHED, main
-from training.flops import forward_flops
+from training.showing.flops import forward_flops
 
 
 class _Line(Backbone):

@@ -27,7 +27,7 @@ from benchmarks.data_arms import (
 )
 from benchmarks.data_peers import RecordDataset, dali_reader, data_loader
 from benchmarks.data_records import working_copy
-from data.decode import decode_image
+from data.loading.decode import decode_image
 from tests.image_cases import SIZE, damaged_images, jpeg, odd_images
 from tests.record_files import Record, image_record, write_set
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import index
-from data.index import read_index
-from data.recordio import MAX_LENGTH
+from data.rec.index import read_index
+from data.rec.recordio import MAX_LENGTH
 
 
 def test_the_index_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

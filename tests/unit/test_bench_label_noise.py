@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.label_noise import Result, cells, compare, names_right
 from benchmarks.label_noise_data import Plan, plant
-from clustering.findings import Copy, Duplicate, Findings, Noise, Split
-from clustering.report_groups import Cut
+from clustering.report.findings import Copy, Duplicate, Findings, Noise, Split
+from clustering.report.groups import Cut
 
 PLAN = Plan(labels=200)
 PLANTED = plant(PLAN, 5)

@@ -16,7 +16,7 @@ from benchmarks import demo_runs, hard_negatives, losses
 from benchmarks.demo_report import HEADER, cells
 from benchmarks.demo_runs import CONFIG, Run, command, read_results, result_of, runs_of, train
 from configs.load import load_config
-from data.sampler import BatchPlan
+from data.order.sampler import BatchPlan
 from training.demo import DemoError
 
 ALL_ARMS = losses.ARMS | hard_negatives.ARMS

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import block_disk, blocks
-from data.block_disk import BlockDisk
-from data.blocks import Blocks, Fetch
 from data.errors import DataError
+from data.stores import block_disk, blocks
+from data.stores.block_disk import BlockDisk
+from data.stores.blocks import Blocks, Fetch
 
 DATA = np.random.default_rng(0).bytes(1003)
 BLOCK = 64
@@ -229,8 +229,8 @@ def test_a_process_ends_though_blocks_are_announced(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from data.block_disk import BlockDisk
-from data.blocks import BLOCK, Blocks
+from data.stores.block_disk import BlockDisk
+from data.stores.blocks import BLOCK, Blocks
 root = Path({str(tmp_path)!r})
 def slow(begin, end):
     time.sleep(30)

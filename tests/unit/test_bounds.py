@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clustering.bounds import (
+from clustering.nearest.bounds import (
     FAR,
     angles_at_least,
     angles_at_most,

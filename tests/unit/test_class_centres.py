@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.errors import DataError
-from training import class_centres
 from training.checkpoint import CheckpointError
-from training.class_centres import FileCentres, fill
-from training.class_map import ClassMap
-from training.safetensors_file import read_tensors
+from training.warm import class_centres
+from training.warm.class_centres import FileCentres, fill
+from training.warm.class_map import ClassMap
+from training.warm.safetensors_file import read_tensors
 
 
 @dataclass

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from training.class_map import ClassMap, by_name, no_classes, read_map, same_classes
-from training.class_means import chosen_samples
+from training.warm.class_map import ClassMap, by_name, no_classes, read_map, same_classes
+from training.warm.class_means import chosen_samples
 
 C, OLD = 6, 5
 

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from data.class_orders import BalancedOrder, ClassIndex, IdentityOrder
 from data.errors import DataError
-from data.loader import build_loader
-from data.sampler import BatchPlan, Order
+from data.loading.loader import build_loader
+from data.order.class_orders import BalancedOrder, ClassIndex, IdentityOrder
+from data.order.sampler import BatchPlan, Order
 from tests.image_cases import MemorySet, jpeg
 from tests.plain_orders import by_class, plain_balanced, plain_identities
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from clustering.files import FileRows, unit_rows
-from clustering.parts import PartFiles, contains, natural
-from clustering.together import InputError
-from clustering.writing import appearing, write_bytes
+from clustering.job.files import FileRows, unit_rows
+from clustering.job.together import InputError
+from clustering.job.writing import appearing, write_bytes
+from clustering.service.parts import PartFiles, contains, natural
 from tests.ranks import RankPool
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from configs.schema import ClusteringConfig
-from training.meter import cluster_advice
+from training.showing.meter import cluster_advice
 
 
 def _said(cluster_ms: float, budget: float = 0.0) -> str:

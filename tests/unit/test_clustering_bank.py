@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.bank import EmbeddingBank
 from clustering.errors import ClusterStateError
+from clustering.service.bank import EmbeddingBank
 from partial_fc.collectives import GatheredBatch
 from tests.unit.test_no_sync import _Syncs as Syncs
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clustering.pace import Plan, plan_refresh
-from clustering.schedule import RefreshSchedule, points_at_once
+from clustering.service.pace import Plan, plan_refresh
+from clustering.service.schedule import RefreshSchedule, points_at_once
 from configs.schema import ClusteringConfig
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from clustering.start import read_start
+from clustering.service.start import read_start
 from configs.schema import ConfigError
 
 

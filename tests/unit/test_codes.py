@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering import lloyd_codes, nearest_codes
-from clustering.codes import Codes, Rotation, can_code, can_multiply, code_centres, code_points
-from clustering.lloyd_codes import PointCodes, codes_pay
-from clustering.nearest import Nearest
-from clustering.rows import TensorRows, UnitRows
+from clustering.lloyd import codes as lloyd_codes
+from clustering.lloyd.codes import PointCodes, codes_pay
+from clustering.nearest import by_codes as nearest_codes
+from clustering.nearest.codes import Codes, Rotation, can_code, can_multiply, code_centres, code_points
+from clustering.nearest.nearest import Nearest
+from clustering.service.rows import TensorRows, UnitRows
 from tests import nearest_cases
 from tests.nearest_cases import CODES, compare_, unit
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from data.__main__ import main
 from data.contact_sheet import contact_sheet
-from data.decode import decode_image
-from data.pack import write_records
-from data.records import RecordSet
+from data.loading.decode import decode_image
+from data.making.pack import write_records
+from data.rec.records import RecordSet
 from data.verification_bin import write_bin
 from tests.image_cases import SIZE, jpeg
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import checksums, shuffling
 from data.__main__ import main
+from data.checking import checksums
 from data.errors import DataError
 from data.files import find_all
-from data.pack import write_records
-from data.records import RecordSet
-from data.webdataset import Shards
+from data.making import shuffling
+from data.making.pack import write_records
+from data.making.webdataset import Shards
+from data.rec.records import RecordSet
 from tests.image_cases import jpeg
 
 COUNTS = (4, 1, 6, 0, 3, 2)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.decode import DecodeError, check_image, decode_image, encode_black
+from data.loading.decode import DecodeError, check_image, decode_image, encode_black
 from tests.image_cases import SIZE, damaged_images, jpeg, odd_images, picture
 
 ODD, DAMAGED = odd_images(), damaged_images()

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import digits
-from data.digits import MOST_DIGITS, pairs_of
+from data.rec import digits
+from data.rec.digits import MOST_DIGITS, pairs_of
 
 KEYS = st.integers(0, 2**31 - 1)
 OFFSETS = st.integers(0, 10**MOST_DIGITS - 1)

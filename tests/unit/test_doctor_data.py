@@ -19,9 +19,9 @@ from configs.schema import (
     RunConfig,
     TrainConfig,
 )
-from data.cache import Cache
-from data.decode import DecodeError
 from data.errors import DataError
+from data.loading.decode import DecodeError
+from data.stores.cache import Cache
 from training.doctor import dataset, disk, memory
 
 MB, GB = 10**6, 10**9

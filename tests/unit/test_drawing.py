@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from evaluation.plots import Drawn, drawn
-from training.drawing import Drawing
+from training.showing.drawing import Drawing
 
 
 def _picture(number: int) -> Drawn:

@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 from backbones import build_backbone
 from clustering.__main__ import main as clustering
-from clustering.parts import PartFiles
+from clustering.service.parts import PartFiles
 from data.__main__ import main as data
-from data.decode import decode_image
 from data.errors import DataError
+from data.loading.decode import decode_image
 from data.verification_bin import write_bin
 from evaluation import embed_records
 from evaluation.__main__ import main

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data.decode import decode_image
-from data.sources import _rgb, encode_file, encode_image
+from data.loading.decode import decode_image
+from data.making.sources import _rgb, encode_file, encode_image
 from tests.image_cases import photograph, saved
 
 

@@ -23,7 +23,7 @@ from benchmarks.experiments.pools import Pool
 from benchmarks.experiments.runs import Run
 from benchmarks.experiments.statistics import compare, holm
 from benchmarks.experiments.tiers import TIERS, Tier
-from clustering.margins import mean_margin
+from clustering.method.margins import mean_margin
 from configs.head import HeadConfig
 from configs.schema import ClusteringConfig
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from backbones import Backbone, build_backbone, normalise_pixels
-from data.records import RecordSet
+from data.rec.records import RecordSet
 from data.synthetic import SyntheticFaces
 from data.verification_bin import write_bin
 from evaluation.__main__ import main

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from clustering.findings import Copy, Duplicate, Findings, LabelState, Noise, Split
-from clustering.findings_csv import FILES, read_table, table_text
-from clustering.parts import PartFiles
-from clustering.report_copies import NEARLY_THE_SAME, find_copies
-from clustering.report_data import labelled
-from clustering.report_groups import LARGEST, PRIOR_PAIRS, Cut, decide_cut, group_labels
-from clustering.report_persons import Same, between, established, nearest_pairs
-from clustering.together import InputError
+from clustering.job.together import InputError
+from clustering.report.copies import NEARLY_THE_SAME, find_copies
+from clustering.report.data import labelled
+from clustering.report.findings import Copy, Duplicate, Findings, LabelState, Noise, Split
+from clustering.report.findings_csv import FILES, read_table, table_text
+from clustering.report.groups import LARGEST, PRIOR_PAIRS, Cut, decide_cut, group_labels
+from clustering.report.persons import Same, between, established, nearest_pairs
+from clustering.service.parts import PartFiles
 from tests.findings_cases import Case, found_by_rank, load, persons
 from tests.ranks import RankPool
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clustering import float64_rows
+from clustering.nearest import float64_rows
 from tests import float64_cases
 from tests.float64_cases import SIZES
 from tests.triton_process import Run, needs_triton
@@ -53,7 +53,7 @@ def test_the_trial_is_passed(interpreter: Run) -> None:
 
 
 def _trial() -> str:
-    from clustering import kernel_float64_rows
+    from clustering.nearest import kernel_float64_rows
 
     return float64_rows.trial(kernel_float64_rows, CPU)
 
@@ -75,7 +75,7 @@ def _compile_all() -> int:
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
 
-    from clustering import kernel_float64_rows as kernels
+    from clustering.nearest import kernel_float64_rows as kernels
 
     kinds = dict.fromkeys(("row", "other", "old", "new"), "*i64") | dict.fromkeys(("sums", "out"), "*fp64")
     kinds |= dict.fromkeys(("Q", "S", "x_stride", "a_stride", "b_stride"), "i32") | {"rounder": "fp32"}

@@ -10,7 +10,7 @@ from torch import nn
 
 from backbones import IMAGE_SIZE, build_backbone
 from configs.schema import HeadConfig, ModelConfig, RunConfig
-from training.flops import Work, forward_flops, peak_tflops
+from training.showing.flops import Work, forward_flops, peak_tflops
 
 CPU = torch.device("cpu")
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clustering.class_report import ClassReport
-from data.recordio import RecordError
+from clustering.service.class_report import ClassReport
+from data.rec.recordio import RecordError
 from tests.image_cases import MemorySet, damaged_images, jpeg, picture
-from training.gallery import Gallery, class_sheet
-from training.metrics import RunLog
+from training.showing.gallery import Gallery, class_sheet
+from training.showing.metrics import RunLog
 
 MAIN, OTHER = SimpleNamespace(is_main=True), SimpleNamespace(is_main=False)
 
@@ -161,7 +161,7 @@ def test_what_fails_in_the_thread_is_told_of_and_that_is_all(
 
 
 def test_a_store_that_does_not_answer_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.gallery._PATIENCE_S", 0.05)
+    monkeypatch.setattr("training.showing.gallery._PATIENCE_S", 0.05)
     answers = threading.Event()
 
     class Slow(MemorySet):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.header import EXACT, Header, HeaderError, class_labels, class_of, pack, unpack
+from data.rec.header import EXACT, Header, HeaderError, class_labels, class_of, pack, unpack
 
 f32 = st.floats(width=32, allow_nan=False)
 u64 = st.integers(0, 2**64 - 1)

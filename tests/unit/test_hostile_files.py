@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from data import checksums
 from data.__main__ import main
-from data.checksums import check_hashes, write_hashes
+from data.checking import checksums
+from data.checking.checksums import check_hashes, write_hashes
 from data.errors import DataError
-from data.recordio import HEAD, MAX_LENGTH, CutError, RecordError, RecordReader
-from data.records import RecordSet
+from data.rec.recordio import HEAD, MAX_LENGTH, CutError, RecordError, RecordReader
+from data.rec.records import RecordSet
 from data.verification_bin import read_bin
 from tests.image_cases import jpeg
 from tests.record_files import Record, image_record, insightface_records, write_set

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.header import HEADER, HeaderError, unpack
-from data.index import read_index
-from data.properties import read_properties
-from data.recordio import HEAD, MAGIC_BYTES, RecordError, RecordReader
-from data.records import RecordSet
+from data.rec.header import HEADER, HeaderError, unpack
+from data.rec.index import read_index
+from data.rec.properties import read_properties
+from data.rec.recordio import HEAD, MAGIC_BYTES, RecordError, RecordReader
+from data.rec.records import RecordSet
 from data.verification_bin import read_bin
 from tests.record_files import insightface_records, write_set
 

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.cache import Cache
 from data.errors import DataError
-from data.header import EXACT, HeaderError
-from data.index import Index, find_identities, read_index, rebuild, write_index
-from data.recordio import CutError, RecordError, RecordReader
-from data.records import RecordSet
+from data.rec.header import EXACT, HeaderError
+from data.rec.index import Index, find_identities, read_index, rebuild, write_index
+from data.rec.recordio import CutError, RecordError, RecordReader
+from data.rec.records import RecordSet
+from data.stores.cache import Cache
 from tests.record_files import image_record, insightface_records, write_set
 
 

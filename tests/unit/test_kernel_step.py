@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from clustering import step_plain
-from clustering.step_choice import kernel_ops, step_ops, trial
-from clustering.step_plain import PLAIN, StepOps
-from clustering.step_trial import differences
+from clustering.step import plain as step_plain
+from clustering.step.choice import kernel_ops, step_ops, trial
+from clustering.step.plain import PLAIN, StepOps
+from clustering.step.trial import differences
 from tests.triton_process import Run, needs_triton
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def _compile_all() -> list[str]:
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
 
-    from clustering import kernel_losses, kernel_step
+    from clustering.step import kernel_losses, kernel_step
 
     kinds = dict.fromkeys(("ids", "labels", "cluster", "class_of", "owned", "order", "count", "row"), "*i64")
     kinds |= dict.fromkeys(("slots", "code"), "*i32") | dict.fromkeys(("seen", "suspect", "taken", "distinct"), "*u8")

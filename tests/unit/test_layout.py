@@ -11,8 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from configs.schema import ClusteringConfig, EvalConfig, RunConfig, TrainConfig
-from training.layout import Layout, layout
-from training.metrics import RunLog
+from training.showing.layout import Layout, layout
+from training.showing.metrics import RunLog
 
 
 def _patterns(

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from configs.augment import AugmentConfig
-from data.base_loader import Draft, Planned
-from data.batch import Batch, Loader
-from data.cpu_loader import CpuLoader
-from data.dali import DaliLoader, DaliUnavailableError
-from data.decode import decode_image
 from data.errors import DataError
-from data.loader import build_loader
-from data.records import RecordSet
-from data.transforms import flips
+from data.loading.base_loader import Draft, Planned
+from data.loading.batch import Batch, Loader
+from data.loading.cpu_loader import CpuLoader
+from data.loading.dali import DaliLoader, DaliUnavailableError
+from data.loading.decode import decode_image
+from data.loading.loader import build_loader
+from data.loading.transforms import flips
+from data.rec.records import RecordSet
 from tests.image_cases import SIZE, MemorySet, damaged_images, jpeg, odd_images
 from tests.record_files import image_record, write_set
 
@@ -289,7 +289,7 @@ def test_dali_itself_fails_on_what_the_check_would_have_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With the check switched off a cut JPEG ends DALI's pipeline for real; the CPU then refuses it by name."""
-    monkeypatch.setattr("data.dali.check_image", lambda encoded, size: None)
+    monkeypatch.setattr("data.loading.dali.check_image", lambda encoded, size: None)
     images = list(GOOD.images[:16])
     images[5] = images[5][: len(images[5]) // 2]
     with pytest.raises(DataError, match="damaged JPEG: Premature end"):

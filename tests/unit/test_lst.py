@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from data.__main__ import main
 from data.errors import DataError
-from data.lst import COLUMNS, read_list
-from data.records import RecordSet
+from data.making.lst import COLUMNS, read_list
+from data.rec.records import RecordSet
 from data.verification_bin import read_bin
 from tests.image_cases import jpeg
 

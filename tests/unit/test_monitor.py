@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from backbones import build_backbone
-from training import heartbeat, monitor
-from training.heartbeat import Heartbeat
-from training.lost import Heard, LostRankError, Word, first_line, says_a_rank_is_lost, whom_to_blame
-from training.monitor import RECORDS, Monitor
-from training.operation import operation_of_error, operation_of_thread
+from training.ranks import heartbeat, monitor
+from training.ranks.heartbeat import Heartbeat
+from training.ranks.lost import Heard, LostRankError, Word, first_line, says_a_rank_is_lost, whom_to_blame
+from training.ranks.monitor import RECORDS, Monitor
+from training.ranks.operation import operation_of_error, operation_of_thread
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:18642"
 
@@ -28,7 +28,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor, "_TICK_S", 0.05)
     monkeypatch.setattr(monitor, "_GLOO_EARLIER_S", 0.1)
     monkeypatch.setattr(monitor, "START_S", 0.0)
-    monkeypatch.setattr("training.lost.SILENT_S", 0.5)
+    monkeypatch.setattr("training.ranks.lost.SILENT_S", 0.5)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_where_a_thread_stands() -> None:
     waiting.start()
     time.sleep(0.1)
     said = operation_of_thread(waiting.ident or 0)
-    assert said.startswith("wait in first_to_say (training/heartbeat.py:")
+    assert said.startswith("wait in first_to_say (training/ranks/heartbeat.py:")
     waiting.join()
     assert operation_of_thread(waiting.ident or 0) == ""
 

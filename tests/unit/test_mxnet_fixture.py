@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.__main__ import main
-from data.header import unpack
+from data.rec.header import unpack
 from tests.mxnet_cases import FIXTURE, MxnetSets
 
 SETS = MxnetSets(FIXTURE)

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering import nearest, nearest_projection
-from clustering.nearest import Nearest, columns_of
-from clustering.nearest_choice import runs_kernel, why_not
-from clustering.nearest_pairs import quieten
-from clustering.nearest_projection import Projection, Sample, choose, find_, random_basis, subspaces
-from clustering.projected import CodedProjections, PlainProjections, project_points
+from clustering.nearest import by_projection as nearest_projection
+from clustering.nearest import nearest
+from clustering.nearest.by_pairs import quieten
+from clustering.nearest.by_projection import Projection, Sample, choose, find_, random_basis, subspaces
+from clustering.nearest.choice import runs_kernel, why_not
+from clustering.nearest.nearest import Nearest, columns_of
+from clustering.nearest.projected import CodedProjections, PlainProjections, project_points
 from partial_fc.choice import KernelFallbackWarning, say_once
 from tests import nearest_cases
 from tests.nearest_cases import BF16, CASES, FP32, Case, unit
@@ -53,7 +54,7 @@ def test_the_trial_of_a_kernel_names_what_is_wrong(interpreter: Run) -> None:
 
 
 def _tried(what: str) -> str:
-    from clustering.kernel_nearest import _tried as tried
+    from clustering.nearest.kernel_nearest import _tried as tried
 
     def winners(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor, splits: int) -> tuple[Tensor, Tensor, Tensor]:
         cosine_bL, column_bL, rest_b = nearest_cases.four_of_each_part(x_bD, operand_sD, hidden_b)
@@ -91,7 +92,7 @@ def _compile(capability: int) -> int:
     from triton.compiler import ASTSource
     from triton.compiler import compile as compile_kernel
 
-    from clustering.kernel_nearest import _LAUNCHES, _top_two_kernel
+    from clustering.nearest.kernel_nearest import _LAUNCHES, _top_two_kernel
 
     kernel: Any = _top_two_kernel
     names, least = kernel.arg_names, 0
@@ -121,7 +122,7 @@ def _compile_for_hopper(dim: int) -> tuple[int, str]:
     from triton.compiler import compile as compile_kernel
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from clustering import kernel_nearest_hopper as hopper
+    from clustering.nearest import kernel_nearest_hopper as hopper
 
     kernel: Any = hopper._winners_kernel
     layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
@@ -153,7 +154,7 @@ def test_kernel_for_hopper_compiles(compiler: Run, dim: int) -> None:
 
 def test_centres_are_split_so_that_few_cores_are_idle() -> None:
     pytest.importorskip("triton.experimental.gluon")
-    from clustering.kernel_nearest_hopper import splits_of, stages_of
+    from clustering.nearest.kernel_nearest_hopper import splits_of, stages_of
 
     assert splits_of(512, 1408, 132) == 1
     assert splits_of(132, 1408, 132) == 1

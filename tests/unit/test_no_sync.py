@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clustering.align import alignment_loss
+from clustering.method.align import alignment_loss
 from configs.head import HeadConfig
 from partial_fc.head import PartialFCHead
 from partial_fc.optim import CentreAdamW, CentreSGD

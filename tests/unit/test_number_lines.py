@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import digits
 from data.errors import DataError
+from data.rec import digits
 from evaluation import number_lines
 from evaluation.number_lines import read_columns
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from data.__main__ import main
-from data.decode import decode_image
-from data.header import unpack
-from data.index import read_index
-from data.recordio import RecordReader
-from data.records import RecordSet
+from data.loading.decode import decode_image
+from data.rec.header import unpack
+from data.rec.index import read_index
+from data.rec.recordio import RecordReader
+from data.rec.records import RecordSet
 from data.synthetic import SyntheticFaces, plan_samples
 from data.verification_bin import read_bin
 from tests.image_cases import damaged_images, photograph, saved

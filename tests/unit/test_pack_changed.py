@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import pack
 from data.__main__ import main
-from data.pack import SetWriter
-from data.records import RecordSet
+from data.making import pack
+from data.making.pack import SetWriter
+from data.rec.records import RecordSet
 from tests.image_cases import jpeg
 
 COUNT = 12

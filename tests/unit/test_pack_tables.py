@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import spill
 from data.__main__ import main
-from data.parquet import ParquetSource, jumps, read_table
-from data.records import RecordSet
-from data.sources import encode_image
+from data.making import spill
+from data.making.parquet import ParquetSource, jumps, read_table
+from data.making.sources import encode_image
+from data.rec.records import RecordSet
 from data.verification_bin import read_bin
 from tests.image_cases import jpeg
 

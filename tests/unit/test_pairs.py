@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.pairs import draw_pairs
+from data.making.pairs import draw_pairs
 
 
 @settings(deadline=None)

@@ -17,7 +17,7 @@ from evaluation.embed_records import load_backbone
 from sharding import all_shards
 from training.__main__ import main
 from training.checkpoint import CheckpointError
-from training.peer_weights import backbone_weights, heads_at
+from training.warm.peer_weights import backbone_weights, heads_at
 
 Said = pytest.CaptureFixture[str]
 KINDS: dict[str, Callable[[Tensor], Any]] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.hashing import MEMBERS, keys
-from data.permutation import ROUNDS, own_keys, permute
+from data.order.hashing import MEMBERS, keys
+from data.order.permutation import ROUNDS, own_keys, permute
 
 
 def test_permutations_of_all_sizes_at_once() -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from data.prefetch import LEAST_ROWS, prefetch
+from data.loading.prefetch import LEAST_ROWS, prefetch
 
 
 def _threads() -> list[str]:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-import training.profiling
+import training.showing.profiling
 from configs.schema import ProfileConfig
-from training.metrics import RunLog
-from training.profiling import StepProfiler
-from training.timing import Stopwatch
+from training.showing.metrics import RunLog
+from training.showing.profiling import StepProfiler
+from training.showing.timing import Stopwatch
 
 
 def _ranks(rank: int = 0) -> Any:
@@ -108,6 +108,6 @@ def test_a_profiler_that_does_not_start(
     def refuse(**_: Any) -> None:
         raise RuntimeError("CUPTI_ERROR_MULTIPLE_SUBSCRIBERS_NOT_SUPPORTED")
 
-    monkeypatch.setattr(training.profiling, "profile", refuse)
+    monkeypatch.setattr(training.showing.profiling, "profile", refuse)
     _run(tmp_path, after=2, steps=2)
     assert "no profile (CUPTI_ERROR_MULTIPLE" in capsys.readouterr().err

@@ -15,8 +15,8 @@ from tensorboard.plugins.projector import projector_config_pb2
 
 from data.verification_bin import VerificationSet
 from tests.image_cases import jpeg, picture
-from training.metrics import RunLog
-from training.projector import choose, sprites
+from training.showing.metrics import RunLog
+from training.showing.projector import choose, sprites
 
 
 def _set(*pairs: tuple[str, str, bool]) -> VerificationSet:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import record_files
-from data.cache import Cache, default_folder
 from data.errors import DataError
-from data.places import Folder
-from data.places import record_files as names_of_files
-from data.recordio import MAGIC_BYTES, RecordError
-from data.records import RecordSet
+from data.rec import record_files
+from data.rec.places import Folder
+from data.rec.places import record_files as names_of_files
+from data.rec.recordio import MAGIC_BYTES, RecordError
+from data.rec.records import RecordSet
+from data.stores.cache import Cache, default_folder
 from tests.record_files import image_record, insightface_records, write_set
 
 LABELS = [0, 2, 1, 1, 3, 0, 2]

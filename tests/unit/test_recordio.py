@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.recordio import MAGIC_BYTES, MAX_LENGTH, CutError, RecordError, RecordReader, RecordWriter
+from data.rec.recordio import MAGIC_BYTES, MAX_LENGTH, CutError, RecordError, RecordReader, RecordWriter
 
 PAYLOADS = [b"", b"a", b"abcd", MAGIC_BYTES, MAGIC_BYTES * 3, b"abc" + MAGIC_BYTES, b"abcd" + MAGIC_BYTES + b"e" * 9]
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.header import EXACT, Header, class_labels, pack
-from data.heads import read_heads
-from data.index import Index, read_index, rebuild, write_index
-from data.properties import Properties, read_properties
-from data.recordio import MAGIC_BYTES, RecordError, RecordReader
-from data.records import RecordSet
+from data.rec.header import EXACT, Header, class_labels, pack
+from data.rec.heads import read_heads
+from data.rec.index import Index, read_index, rebuild, write_index
+from data.rec.properties import Properties, read_properties
+from data.rec.recordio import MAGIC_BYTES, RecordError, RecordReader
+from data.rec.records import RecordSet
 from tests.record_files import image_record, insightface_records, write_set
 
 COUNTS = [3, 0, 2, 4]
@@ -113,7 +113,7 @@ def test_images_whose_keys_float32_does_not_count_are_read_by_their_own_headers(
     records[12] = image_record(13, [6, 9], b"")  # in truth 6 … 10
     folder = write_set(tmp_path, records, classes=4)
     _fails(folder, "byte", "expected an identity header with the keys from 6 on, all of them to 9", "--images-only")
-    monkeypatch.setattr("data.layout.EXACT", 8)
+    monkeypatch.setattr("data.rec.layout.EXACT", 8)
     _check(RecordSet.open(folder))
     records[8] = image_record(9, [2], b"image 9")
     opened = RecordSet.open(write_set(tmp_path, records, classes=4))

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from data import blocks, remote, remote_records
 from data.__main__ import main
-from data.cache import Cache
 from data.errors import DataError
-from data.loader import build_loader
-from data.pack import write_records
-from data.records import RecordSet
+from data.loading.loader import build_loader
+from data.making.pack import write_records
+from data.rec.records import RecordSet
+from data.stores import blocks, remote, remote_records
+from data.stores.cache import Cache
 from tests.conftest import STORE_KEYS as KEYS
 from tests.image_cases import jpeg
 from tests.record_files import image_record, insightface_records, write_set
@@ -130,8 +130,8 @@ def test_opening_a_set_with_identity_headers_reads_few_places(
 
 _OPEN = """
 import sys
-from data import blocks, remote, remote_records
-from data.records import RecordSet
+from data.stores import blocks, remote, remote_records
+from data.rec.records import RecordSet
 blocks.BLOCK = remote_records.BLOCK = 512
 fetched, fetch = [], remote.Store.fetch
 def counted(self, name, begin, end):

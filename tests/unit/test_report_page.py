@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import pytest
 
 from clustering.commands.page import COPY_ROWS, NOISE_ROWS, View, render
-from clustering.findings import Copy, Duplicate, Findings, LabelState, Noise, Split
-from clustering.report_groups import Cut
+from clustering.report.findings import Copy, Duplicate, Findings, LabelState, Noise, Split
+from clustering.report.groups import Cut
 
 EVIL = "</style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
 VOID = {"meta", "img", "br"}

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import training.metrics
+import training.showing.metrics
 from data.contact_sheet import Pixels
-from training.metrics import HISTOGRAM_BINS, RunLog, append_line, count_histogram
+from training.showing.metrics import HISTOGRAM_BINS, RunLog, append_line, count_histogram
 from training.sinks import Sinks
 
 
@@ -27,7 +27,9 @@ def _log(output: Path, first_step: int = 0, *, active: bool = True) -> RunLog:
 
 def test_a_terminal_shows_progress_with_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
-    monkeypatch.setattr(training.metrics, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(
+        training.showing.metrics, "Console", lambda **_: Console(file=screen, force_terminal=True, width=120)
+    )
     log = _log(tmp_path)
     log.moved(10)
     log.scalars(10, {"loss/total": 1.25}, "loss 1.250")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from data.errors import DataError
-from data.sampler import BatchPlan, EpochOrder
-from data.transforms import flips
+from data.loading.transforms import flips
+from data.order.sampler import BatchPlan, EpochOrder
 
 FROZEN_ORDER = [8, 5, 1, 9, 6, 7, 4, 0, 2, 3]
 FROZEN_FLIPS = [0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 0]

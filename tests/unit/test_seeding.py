@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor
 
+from clustering.job.together import InputError
 from clustering.kmeans import assign
-from clustering.rows import TensorRows
-from clustering.seeding import Placed, class_means, placed, plus_plus, race, random_rows, uniform
-from clustering.seeding_parallel import parallel_plus_plus
-from clustering.split_merge import choose, split_and_merge
-from clustering.together import InputError
+from clustering.lloyd.seeding import Placed, class_means, placed, plus_plus, race, random_rows, uniform
+from clustering.lloyd.seeding_parallel import parallel_plus_plus
+from clustering.lloyd.split_merge import choose, split_and_merge
+from clustering.service.rows import TensorRows
 
 CPU = torch.device("cpu")
 SEEDINGS = [random_rows, plus_plus, parallel_plus_plus]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.header import EXACT, Header, unpack
-from data.pack import SetWriter, write_records
-from data.recordio import RecordReader, RecordWriter
+from data.making.pack import SetWriter, write_records
+from data.rec.header import EXACT, Header, unpack
+from data.rec.recordio import RecordReader, RecordWriter
 
 
 def test_labels_are_ascending_and_pairs_above_float32(tmp_path: Path) -> None:

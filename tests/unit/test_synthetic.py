@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.contact_sheet import contact_sheet, write_png
-from data.decode import decode_image
 from data.errors import DataError
+from data.loading.decode import decode_image
 from data.synthetic import SyntheticFaces, plan_samples
 
 FACES = SyntheticFaces(identities=40, seed=11)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import training.timing
-from training.memory import memory_in_use
-from training.timing import Stopwatch
+import training.showing.timing
+from training.showing.memory import memory_in_use
+from training.showing.timing import Stopwatch
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ class _Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
     made = _Clock()
-    monkeypatch.setattr(training.timing, "time", made)
+    monkeypatch.setattr(training.showing.timing, "time", made)
     return made
 
 

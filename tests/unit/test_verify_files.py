@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import checksums
 from data.__main__ import main
-from data.index import Index, read_index, write_index
-from data.recordio import MAGIC_BYTES, RecordReader
-from data.records import RecordSet
+from data.checking import checksums
+from data.rec.index import Index, read_index, write_index
+from data.rec.recordio import MAGIC_BYTES, RecordReader
+from data.rec.records import RecordSet
 from tests.image_cases import jpeg
 from tests.record_files import Record, image_record, write_set
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from data import checksums
 from data.__main__ import main
-from data.index import read_index
-from data.recordio import MAGIC_BYTES, RecordReader
+from data.checking import checksums
+from data.rec.index import read_index
+from data.rec.recordio import MAGIC_BYTES, RecordReader
 from tests.image_cases import jpeg
 from tests.record_files import image_record, write_set
 
@@ -35,7 +35,7 @@ def test_hashes_that_agree(
     block: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = _hashed(tmp_path, monkeypatch, block=block)
-    monkeypatch.setattr("data.verify._AT_ONCE", 3)
+    monkeypatch.setattr("data.checking.verify._AT_ONCE", 3)
     code, found = _verify(folder, capsys)
     assert (code, found["ok"], found["counts"], found["findings"]) == (0, True, {}, [])
 
@@ -44,7 +44,7 @@ def test_every_block_that_was_changed_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in what a reader of records passes over: padding, bytes behind an image's end, other files."""
-    monkeypatch.setattr("data.verify._AT_ONCE", 2)
+    monkeypatch.setattr("data.checking.verify._AT_ONCE", 2)
     folder = _hashed(tmp_path, monkeypatch)
     path = folder / "train.rec"
     content = path.read_bytes()

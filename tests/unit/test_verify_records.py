@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import findings
 from data.__main__ import main
-from data.header import Header, pack
-from data.index import Index, read_index, write_index
-from data.recordio import MAGIC_BYTES, RecordReader, RecordWriter
-from data.records import RecordSet
-from data.salvage import Damage, salvage
+from data.checking import findings
+from data.checking.salvage import Damage, salvage
+from data.rec.header import Header, pack
+from data.rec.index import Index, read_index, write_index
+from data.rec.recordio import MAGIC_BYTES, RecordReader, RecordWriter
+from data.rec.records import RecordSet
 from tests.image_cases import damaged_images, jpeg
 from tests.record_files import Record, image_record, write_set
 
@@ -176,7 +176,7 @@ def test_a_record_between_damaged_ones_is_kept(tmp_path: Path) -> None:
 def test_an_empty_record_in_place_of_an_image_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.record_files.SPREAD", 1)
+    monkeypatch.setattr("data.rec.record_files.SPREAD", 1)
     records = _records()
     records[4] = image_record(5, [1, 2], b"")
     code, found = _verify(write_set(tmp_path, records, classes=4), capsys)

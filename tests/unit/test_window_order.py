@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import window_order
 from data.errors import DataError
-from data.sampler import BatchPlan
-from data.window_order import WindowOrder
+from data.order import window_order
+from data.order.sampler import BatchPlan
+from data.order.window_order import WindowOrder
 
 RUN = 8
 

@@ -17,7 +17,7 @@ import fsspec
 
 from configs.addresses import holds_credentials, where_credentials_belong
 from data.files import synced
-from data.places import is_address
+from data.rec.places import is_address
 from training.checkpoint.errors import CheckpointError
 
 

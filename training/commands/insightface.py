@@ -11,8 +11,8 @@ from rich.console import Console
 from configs.load import load_config
 from data.commands.arguments import Parser, whole
 from training.checkpoint import CheckpointError
-from training.peer_weights import backbone_weights, heads_at, write_backbone, write_centres
-from training.warm_start import write_start
+from training.warm.peer_weights import backbone_weights, heads_at, write_backbone, write_centres
+from training.warm.warm_start import write_start
 
 
 def add(commands: Any) -> None:

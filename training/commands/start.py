@@ -13,14 +13,14 @@ from configs.load import load_config
 from configs.schema import RunConfig
 from data.commands.arguments import progress_on, whole
 from data.errors import DataError
-from data.records import RecordSet
-from data.rewrite import names_of_set
-from training.agreement import facts_of, label_digest
+from data.making.rewrite import names_of_set
+from data.rec.records import RecordSet
 from training.checkpoint import CheckpointError
 from training.checks import open_records
-from training.class_map import ClassMap, by_name, no_classes, read_map, same_classes
-from training.start_source import Source, old_names, source_at
-from training.warm_start import Started, write_start
+from training.ranks.agreement import facts_of, label_digest
+from training.warm.class_map import ClassMap, by_name, no_classes, read_map, same_classes
+from training.warm.start_source import Source, old_names, source_at
+from training.warm.warm_start import Started, write_start
 
 _IMAGES = 16
 _NAMED = 5

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from configs.schema import ConfigError, RunConfig
-from data.records import RecordSet
+from data.rec.records import RecordSet
 from training.checks import cache_of, open_records
 from training.doctor import dataset, disk, gpus, host, memory, network, processes
 from training.doctor.finding import Check, Finding, Once

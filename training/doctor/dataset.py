@@ -9,12 +9,12 @@ import numpy as np
 
 from backbones import IMAGE_SIZE
 from configs.schema import RunConfig
-from data.batch import ImageSource
-from data.decode import DecodeError, check_image, decode_image
 from data.errors import DataError
-from data.loader import build_order
-from data.records import RecordSet
-from data.sampler import BatchPlan
+from data.loading.batch import ImageSource
+from data.loading.decode import DecodeError, check_image, decode_image
+from data.loading.loader import build_order
+from data.order.sampler import BatchPlan
+from data.rec.records import RecordSet
 from evaluation.pairs import read_pairs
 from training.checks import steps_of
 from training.doctor.finding import Finding, size_text

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from configs.schema import ConfigError, TrainConfig
-from data.cache import Cache
-from data.places import is_address
+from data.rec.places import is_address
+from data.stores.cache import Cache
 from training.doctor.finding import Finding, size_text
 
 _TRIED = 32 << 20

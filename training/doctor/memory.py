@@ -18,7 +18,7 @@ import torch
 
 from backbones import IMAGE_SIZE, build_backbone
 from configs.schema import ConfigError, RunConfig
-from data.layout import Labels
+from data.rec.layout import Labels
 from sharding import all_shards
 from training.doctor.finding import Finding, size_text
 

@@ -1,0 +1,1 @@
+"""Stand-alone k-means: iterations, seeding, repair."""

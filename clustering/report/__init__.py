@@ -1,0 +1,1 @@
+"""Wrong labels, duplicates, splits and copies, and the corrected set."""

@@ -1,0 +1,1 @@
+"""The cluster service of a training: bank, refresh, publication."""

@@ -1,0 +1,329 @@
+"""Spherical k-means over all ranks, cut into slices that fit between training steps, and resumable at any slice.
+
+Points lie with the owner of their class, centres are sharded by cluster. What is computed is that of
+`clustering.kmeans`, read there first. An iteration is cut like this:
+
+- assign: for each rank r its centres are broadcast once, and every rank compares its own points with them, `block`
+  points a slice, keeping the best so far; near ones are decided in float64 (`clustering.nearest.nearest`). Ranks
+  without points left do nothing, yet every rank counts the same slices;
+- seed: gate, counts and seeds, one slice;
+- mean: for each rank r partial sums, a range of points a slice, are reduced to r with the last.
+
+Sums are exact (`clustering.service.shards`), so neither assignments nor centres depend on the number of ranks. Points
+that are not seen when a run begins take no part in it. Buffers that collectives need are made at the beginning; with a
+guard, a rank on which something failed goes on as one without points.
+
+Legend: P points of this rank, b points of a block, S centres of a shard, s of them that exist, D embedding size,
+K clusters, C classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clustering.kmeans import FIT_LEVELS, WELL_FITTED, Gate, fit_level
+from clustering.nearest.choice import runs_kernel
+from clustering.nearest.nearest import Nearest, nearest_
+from clustering.service.bank import Points
+from clustering.service.guard import Guard, T
+from clustering.service.schedule import points_at_once
+from clustering.service.shards import add_rows_, show_rows, sum_rows_, unit_or
+from partial_fc.collectives import all_reduce_
+from sharding import all_shards
+
+_ADDED_AT_A_TIME = 128
+"""Centres that a point is compared with in the time in which it is added to a sum: makes slices of about one cost."""
+_MOST_ADDED = 1 << 20
+"""Points that are added to sums at a time: some 4 GB of a GPU's memory to read and write."""
+OF_POINTS = ("best_P", "index_P", "counted_P", "taking_part_P")
+
+
+def _plainly(what: str, work: Callable[[], T], otherwise: T) -> T:
+    """Without a guard: what goes wrong is raised."""
+    return work()
+
+
+class KMeansRun:
+    """One refresh: `advance()` does one slice and says whether more are left."""
+
+    def __init__(
+        self,
+        *,
+        points: Points,
+        centres_SD: Tensor | None,
+        num_clusters: int,
+        num_classes: int,
+        iterations: int,
+        block: int,
+        gate: Gate | None,
+        group: dist.ProcessGroup,
+        start_P: Tensor | None = None,
+        guard: Guard | None = None,
+    ) -> None:
+        """points: not copied, must stay as they are until the end.
+
+        centres_SD: this rank's shard of the centres to start from (copied), or None for means: of the classes, or of
+        the clusters in start_P, int64 (P,), -1 for a point that starts in none. Centres are float32, or float64 for
+        points of float64. block: points of a slice; 0: by device and clusters. gate: may run collectives; called once
+        an iteration, on a rank that failed with no point assigned; must not raise before its last collective. guard:
+        keeps what fails on this rank; without one it is raised.
+        """
+        self.points, self.gate, self.group = points, gate, group
+        self._guard, self._attempt = guard, _plainly if guard is None else guard.run
+        self.num_classes = num_classes
+        self.rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+        self.shards = all_shards(world_size, num_clusters)
+        P, D = points.x_PD.shape
+        device = points.x_PD.device
+        self.num_clusters, self.block = num_clusters, block or points_at_once(num_clusters, device)
+        self.dtype = torch.float64 if points.x_PD.dtype == torch.float64 else torch.float32
+        own = self.shards[self.rank]
+        self.from_means = centres_SD is None
+        start_SD = torch.zeros(own.size, D, device=device) if centres_SD is None else centres_SD
+        self.centres_SD = start_SD.to(self.dtype, copy=True)
+        self.taking_part_P = points.seen_P.clone()
+        self.counted_P = self.taking_part_P.clone()
+        self.best_P = torch.full((P,), float("-inf"), dtype=torch.float64, device=device)  # exact, like its parts
+        self.index_P = torch.where(self.taking_part_P, points.class_P if start_P is None else start_P, -1)
+        self.counted_P &= self.index_P >= 0
+        self.seed_point_Q = torch.empty(0, dtype=torch.int64, device=device)
+        self.seed_cluster_Q = torch.empty(0, dtype=torch.int64, device=device)
+        largest = self.shards[0].size
+        self._shown_XD = torch.empty(largest if world_size > 1 else 0, D, dtype=self.dtype, device=device)
+        self._sums_XD = torch.zeros(largest, D, dtype=torch.int64, device=device)
+        self._count_K = torch.zeros(num_clusters, dtype=torch.int64, device=device)
+        # Neither is saved in a checkpoint: a resumed run shows the same rows and adds up the same points again.
+        self._shown: tuple[int, Tensor] | None = None
+        self._summed = (0, 0)
+        self._withdrawn = False
+        self.added = max(
+            self.block, min(_MOST_ADDED, self.block * max(1, num_clusters // (_ADDED_AT_A_TIME * world_size)))
+        )
+        """Points that are added to sums in about the time of a slice."""
+        self._slices = self._plan(iterations, world_size)
+        self.done = 0
+
+    def _plan(self, iterations: int, world_size: int) -> list[tuple[str, int, int]]:
+        """(kind, rank, part) of every slice; the same list on all ranks."""
+        blocks = -(-self.points.largest // self.block)
+        # A rank's clusters have about 1 / world_size of the points.
+        parts = max(1, -(-self.points.largest // (self.added * world_size)))
+        means = [("mean", rank, part) for rank in range(world_size) for part in range(parts)]
+        passes = [("assign", rank, block) for rank in range(world_size) for block in range(blocks)]
+        one = [*passes, ("seed", 0, 0), *means]
+        self._mean_parts, self.slices_of_an_iteration = parts, len(one)
+        return (means if self.from_means else []) + one * iterations
+
+    def limit(self, iterations: int) -> None:
+        """Make only so many iterations, at most as many as said at first; before the first is over."""
+        before = len(self._slices) % self.slices_of_an_iteration if self.from_means else 0
+        del self._slices[before + iterations * self.slices_of_an_iteration :]
+
+    @property
+    def kind_of_next(self) -> str:
+        """assign, seed or mean."""
+        return self._slices[self.done][0]
+
+    @property
+    def length(self) -> int:
+        """Slices in all; the same on every rank."""
+        return len(self._slices)
+
+    @torch.no_grad()
+    def advance(self) -> bool:
+        """Do the next slice; False when none is left afterwards.
+
+        Collectives: assign, one broadcast when its rank's centres are first needed; seed, two all-reduces and
+        those of the gate; mean, one reduce with its last part.
+        """
+        if self._guard is not None and self._guard.failure and not self._withdrawn:
+            self._withdraw()
+        kind, rank, part = self._slices[self.done]
+        if kind == "assign":
+            if self._shown is None or self._shown[0] != rank:
+                self._shown = (rank, self.show(rank))
+            self._attempt("assign", lambda: self._assign(rank, part), None)
+        elif kind == "seed":
+            self._seed()
+        else:
+            self._mean(rank, part)
+        self.done += 1
+        return self.done < len(self._slices)
+
+    def show(self, rank: int) -> Tensor:
+        """The centres of `rank`, (S, D), until something else is shown. One broadcast."""
+        return show_rows(self.centres_SD, self.shards[rank], rank, self.group, self._shown_XD)
+
+    def work_space(self, rows: int) -> Tensor:
+        """int64 zeros (rows, D) for the gate, as many rows as the largest shard of clusters at most; until means."""
+        return self._sums_XD[:rows].zero_()
+
+    def _withdraw(self) -> None:
+        """Go on as a rank without points, in place."""
+        self.taking_part_P.fill_(False)
+        self.counted_P.fill_(False)
+        self.index_P.fill_(-1)
+        self.seed_point_Q, self.seed_cluster_Q = self.seed_point_Q[:0], self.seed_cluster_Q[:0]
+        self._withdrawn = True
+
+    def _assign(self, rank: int, block: int) -> None:
+        """Compare a block of points with the centres that are shown. No collective."""
+        if rank == block == 0:
+            self.best_P.fill_(float("-inf"))
+            self.index_P.fill_(-1)
+        assert self._shown is not None
+        shown_SD = self._shown[1]
+        part = slice(block * self.block, (block + 1) * self.block)
+        x_bD, best_b, index_b = self.points.x_PD[part], self.best_P[part], self.index_P[part]
+        if rank == 0 and not bool(torch.isfinite(x_bD).all()):
+            raise FloatingPointError("embeddings are not finite")
+        place_s = (shown_SD != 0).any(1).nonzero()[:, 0]
+        if not len(x_bD) or not len(place_s):
+            return
+        centres_sD = shown_SD[place_s] if len(place_s) < len(shown_SD) else shown_SD
+        # Only GPUs multiply bf16 operands into a float32 result fast.
+        operand_sD = centres_sD.to(x_bD.dtype if x_bD.is_cuda else self.dtype)
+        chosen_b = self.taking_part_P[part].nonzero()[:, 0]
+        state = Nearest.unknown(len(chosen_b), x_bD.device)
+        state.best_b.copy_(best_b[chosen_b])
+        state.index_b.copy_(index_b[chosen_b])
+        nearest_(
+            state,
+            x_bD[chosen_b].to(self.dtype),
+            centres_sD,
+            operand_sD,
+            place_s + self.shards[rank].start,
+            kernels=runs_kernel("auto", operand_sD),
+        )
+        best_b[chosen_b], index_b[chosen_b] = state.best_b, state.index_b
+
+    def _seed(self) -> None:
+        self._shown = None
+        if self.gate is None:
+            self.counted_P = self._attempt("seed", lambda: self.index_P >= 0, self.counted_P)
+        else:
+            self.counted_P = self.gate(self.index_P)
+        counts_K = self._count_K.zero_()
+        self._attempt("seed", lambda: self._count_(counts_K), None)
+        empty_E = (all_reduce_(counts_K, self.group) == 0).nonzero()[:, 0]
+        nobody_Q = self.index_P[:0]
+        point_Q, level_Q = self._attempt("seed", self._worst_of_each_class, (nobody_Q, nobody_Q))
+        rank_Q = self._rank_among_all(level_Q, self.points.class_P[point_Q], len(empty_E))
+        planted_Q = rank_Q < len(empty_E)
+        self.seed_point_Q = point_Q[planted_Q]
+        self.seed_cluster_Q = empty_E[rank_Q[planted_Q]]
+
+    def _count_(self, counts_K: Tensor) -> None:
+        counts_K.copy_(torch.bincount(self.index_P[self.counted_P], minlength=self.num_clusters))
+
+    def _worst_of_each_class(self) -> tuple[Tensor, Tensor]:
+        """Of each class here, the counted point of lowest fit, the first of equals, if any needs a seed: and its fit.
+
+        Points ascend by class.
+        """
+        level_P = fit_level(self.best_P)
+        point_R = (self.counted_P & (level_P < WELL_FITTED)).nonzero()[:, 0]
+        by_fit_R = point_R[level_P[point_R].argsort(stable=True)]
+        sorted_R = by_fit_R[self.points.class_P[by_fit_R].argsort(stable=True)]
+        class_R = self.points.class_P[sorted_R]
+        first_R = torch.ones_like(class_R, dtype=torch.bool)
+        first_R[1:] = class_R[1:] != class_R[:-1]
+        point_Q = sorted_R[first_R]
+        return point_Q, level_P[point_Q]
+
+    def _rank_among_all(self, level_Q: Tensor, class_Q: Tensor, wanted: int) -> Tensor:
+        """Place of each candidate in the order (fit, class) over all ranks, `wanted` if beyond. One all-reduce.
+
+        class_Q ascends. int64 (Q,).
+        """
+        if wanted == 0:
+            return torch.zeros_like(class_Q)
+        chosen = level_Q.argsort(stable=True)[:wanted]  # a rank's candidates beyond the first `wanted` are never taken
+        # An all-gather written as a sum: every rank fills its own row, the others hold zeros there. Levels are
+        # shifted above 0, the mark of an empty place.
+        table = level_Q.new_zeros(len(self.shards), min(wanted, self.num_classes), 2)
+        table[self.rank, : len(chosen), 0] = level_Q[chosen] + FIT_LEVELS + 1
+        table[self.rank, : len(chosen), 1] = class_Q[chosen]
+        flat = all_reduce_(table, self.group).view(-1, 2)
+        flat = flat[flat[:, 0] > 0]
+        flat = flat[flat[:, 0].argsort(stable=True)]  # rows come by rank, hence by class: ties to the smaller class
+        place_C = level_Q.new_full((self.num_classes,), wanted)
+        place_C[flat[:, 1]] = torch.arange(len(flat), device=flat.device)
+        return place_C[class_Q]
+
+    def _mean(self, rank: int, part: int) -> None:
+        first = part if self._summed == (rank, part) else 0  # after resuming, or at the beginning
+        sums_SD = self._sums_XD[: self.shards[rank].size]
+        if first == 0:
+            sums_SD.zero_()
+        for number in range(first, part + 1):
+            self._attempt("mean", lambda number=number: self._add_(sums_SD, rank, number), None)  # type: ignore[misc]
+        self._summed = (rank, part + 1)
+        if part + 1 < self._mean_parts:
+            return
+        sum_rows_(sums_SD, rank, self.group)
+        if rank == self.rank:
+            self.centres_SD = self._attempt("mean", lambda: self._centres(sums_SD), self.centres_SD)
+
+    def _add_(self, sums_SD: Tensor, rank: int, part: int) -> None:
+        """Add the counted points, and with the first part the seeds, of the clusters of `rank`."""
+        shard = self.shards[rank]
+        step = self.added * len(self.shards)
+        range_p = slice(part * step, (part + 1) * step)
+        index_p = self.index_P[range_p]
+        inside_p = self.counted_P[range_p] & (index_p >= shard.start) & (index_p < shard.stop)
+        point_Q = inside_p.nonzero()[:, 0] + range_p.start
+        add_rows_(sums_SD, self.index_P[point_Q] - shard.start, self.points.x_PD, point_Q)
+        if part == 0:
+            seed_Q = (self.seed_cluster_Q >= shard.start) & (self.seed_cluster_Q < shard.stop)
+            add_rows_(sums_SD, self.seed_cluster_Q[seed_Q] - shard.start, self.points.x_PD, self.seed_point_Q[seed_Q])
+
+    def _centres(self, sums_SD: Tensor) -> Tensor:
+        centres_SD = unit_or(sums_SD.double(), self.centres_SD.double()).to(self.dtype)
+        if not bool(torch.isfinite(centres_SD).all()):
+            raise FloatingPointError("centres are not finite")
+        return centres_SD
+
+    def _cut(self) -> list[int]:
+        """What decides how many slices there are of each kind."""
+        return [len(self.shards), self.points.largest, self.block, self.added]
+
+    def _phases(self) -> list[int]:
+        """Of each slice, and of the end: how many times one of another kind has followed."""
+        kinds = [kind for kind, _, _ in self._slices]
+        changes = (before != after for before, after in itertools.pairwise([*kinds, ""]))
+        return list(itertools.accumulate(changes, initial=0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of points and centres; tensors are this run's own, not copies, but for seed_P: the empty cluster that a point
+        is to begin, -1 for none."""
+        seed_P = torch.full_like(self.index_P, -1)
+        seed_P[self.seed_point_Q] = self.seed_cluster_Q
+        state: dict[str, Any] = {name: getattr(self, name) for name in OF_POINTS}
+        place = {"done": self.done, "phase": self._phases()[self.done], "cut": self._cut()}
+        return {**state, "centres_SD": self.centres_SD, "seed_P": seed_P, **place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Continue a run of the same construction, at the slice where it was saved: whether that was possible.
+
+        One that was cut otherwise, over other ranks, goes on where that comparing, or those means, began: both are a
+        function of what was there before, and doing a part of them twice changes nothing.
+        """
+        device = self.centres_SD.device
+        for name in (*OF_POINTS, "centres_SD"):
+            setattr(self, name, state[name].to(device, copy=True))
+        seed_P = state["seed_P"].to(device)
+        self.seed_point_Q = (seed_P >= 0).nonzero()[:, 0]  # ascending, as they were found
+        self.seed_cluster_Q = seed_P[self.seed_point_Q]
+        self._shown, self._summed = None, (0, 0)
+        if state["cut"] == self._cut():
+            self.done = state["done"]
+            return True
+        self.done = self._phases().index(state["phase"])
+        return False

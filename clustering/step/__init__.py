@@ -1,0 +1,1 @@
+"""What a training step does row by row, in torch and in Triton."""

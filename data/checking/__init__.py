@@ -1,0 +1,1 @@
+"""Is a set sound, and is a copy the same."""

@@ -1,0 +1,1 @@
+"""Batches for training: decoding, augmentation, the CPU loader and DALI."""

@@ -1,0 +1,1 @@
+"""Record files: from the bytes of a `.rec` to the samples of a set."""
