@@ -25,10 +25,10 @@ import torch
 
 from benchmarks.report import digits, facts, publish
 from data.commands.arguments import whole
-from evaluation.embedding_files import EmbeddingFile
-from evaluation.ijb_files import read_images
-from evaluation.pair_scores import scores_plainly
-from evaluation.templates import pooled_plainly
+from evaluation.embed.files import EmbeddingFile
+from evaluation.ijb.files import read_images
+from evaluation.ijb.pair_scores import scores_plainly
+from evaluation.ijb.templates import pooled_plainly
 
 _HEADER = ("what", "way", "s", "CPU s", "MB")
 _IMAGES, _TEMPLATES, _GALLERY, _PAIRS, _GENUINE = 469_375, 23_124, 3_531, 15_658_489, 19_557

@@ -20,7 +20,7 @@ from evaluation.commands.identification import add as add_identification
 from evaluation.commands.ijb import add as add_ijb
 from evaluation.commands.verify import add as add_verify
 from evaluation.commands.verify import verify_sets
-from evaluation.embed_records import EmbedError
+from evaluation.embed.records import EmbedError
 from training.distributed import Ranks, open_ranks
 
 

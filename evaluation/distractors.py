@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from data.errors import DataError
-from evaluation.embedding_files import EmbeddingFile, Ints
+from evaluation.embed.files import EmbeddingFile, Ints
 from evaluation.identification import FPIRS, RANKS, Identification, best_scores, cosines, identification
 
 _PAIRS = 1 << 15

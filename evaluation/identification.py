@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from evaluation.embedding_files import Ints
+from evaluation.embed.files import Ints
 from evaluation.roc import Floats, TarAtFar, roc_of, tar_at_far
 
 RANKS = (1, 5, 10)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from backbones import Backbone
 from data.errors import DataError
 from data.verification_bin import VerificationSet, read_bin
-from evaluation.embed import Images, embed_images
+from evaluation.embed.embed import Images, embed_images
 from evaluation.verification import FOLDS
 
 

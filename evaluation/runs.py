@@ -13,7 +13,7 @@ import numpy as np
 
 from configs.load import read_yaml
 from data.errors import DataError
-from evaluation.embedding_files import map_array
+from evaluation.embed.files import map_array
 from evaluation.roc import Roc, roc_of
 
 SPEED = "throughput/images_per_second"

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from data.files import appearing
-from evaluation.embed_records import EmbedError, read_weights
+from evaluation.embed.records import EmbedError, read_weights
 from training.checkpoint import CheckpointError
 
 
 def read_state(path: Path, *, lazily: bool = False) -> Any:
-    """What torch.save wrote, as `evaluation.embed_records.read_weights` reads it. Raises CheckpointError."""
+    """What torch.save wrote, as `evaluation.embed.records.read_weights` reads it. Raises CheckpointError."""
     try:
         return read_weights(path, lazily=lazily)
     except EmbedError as error:

@@ -18,9 +18,9 @@ from data.making.sources import RESIZE_RULE
 from data.rec.places import where
 from data.rec.records import RecordSet
 from evaluation.commands.model import add_model, chosen_model
-from evaluation.embed_output import Output
-from evaluation.embed_records import embed_all, load_backbone, rows_of
-from evaluation.embed_sources import FolderImages, PairImages, RecordImages, Source
+from evaluation.embed.output import Output
+from evaluation.embed.records import embed_all, load_backbone, rows_of
+from evaluation.embed.sources import FolderImages, PairImages, RecordImages, Source
 
 _EXAMPLE = "python -m evaluation embed --run runs/demo/run --records runs/demo/data --out embeddings.npy"
 

@@ -17,13 +17,13 @@ from data.rec.records import RecordSet
 from data.verification_bin import VerificationSet
 from evaluation.commands.model import add_model, chosen_model
 from evaluation.commands.results import names_of, percent, refuse_ranks, show
-from evaluation.embed_records import load_backbone
-from evaluation.export import Exported, export_onnx, export_program
-from evaluation.export_check import LIMIT
-from evaluation.export_form import Form, needed
-from evaluation.export_int8 import Drawn, draw_images
-from evaluation.export_run import FileBackbone
-from evaluation.export_write import files_of
+from evaluation.embed.records import load_backbone
+from evaluation.export.check import LIMIT
+from evaluation.export.export import Exported, export_onnx, export_program
+from evaluation.export.form import Form, needed
+from evaluation.export.int8 import Drawn, draw_images
+from evaluation.export.run import FileBackbone
+from evaluation.export.write import files_of
 from evaluation.page import Table
 from evaluation.pairs import embed_pairs, read_pairs
 from evaluation.verification import Verification, verify

@@ -14,7 +14,7 @@ from data.errors import DataError
 from evaluation.commands.ijb import SEARCHES, describe_searches, searches_table
 from evaluation.commands.results import PAGE, refuse_present, refuse_ranks, show, write_results
 from evaluation.distractors import among_distractors
-from evaluation.embedding_files import EmbeddingFile, read_labels
+from evaluation.embed.files import EmbeddingFile, read_labels
 from evaluation.page import Summary
 
 _EXAMPLE = "python -m evaluation identification facescrub.npy --labels facescrub_labels.npy --distractors megaface.npy"

@@ -14,13 +14,13 @@ from rich.console import Console
 from data.commands.arguments import progress_on
 from data.errors import DataError
 from evaluation.commands.results import PAGE, percent, rates, refuse_present, refuse_ranks, show, write_results
-from evaluation.embedding_files import EmbeddingFile
+from evaluation.embed.files import EmbeddingFile
 from evaluation.identification import FPIRS, RANKS, Identification
-from evaluation.ijb import OneToOne, joined, one_to_many, one_to_one
-from evaluation.ijb_files import check_rows, read_images, read_pairs, read_persons, read_points
+from evaluation.ijb.files import check_rows, read_images, read_pairs, read_persons, read_points
+from evaluation.ijb.ijb import OneToOne, joined, one_to_many, one_to_one
+from evaluation.ijb.templates import Templates, pooled
 from evaluation.page import Summary, Table
 from evaluation.plots import det_figure, label, roc_figure
-from evaluation.templates import Templates, pooled
 from evaluation.verification import tar_name
 
 _EXAMPLE = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from backbones import names
 from configs.load import read_section, read_yaml
 from configs.schema import ConfigError, ModelConfig
-from evaluation.embed_records import EmbedError
+from evaluation.embed.records import EmbedError
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

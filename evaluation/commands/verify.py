@@ -18,8 +18,8 @@ from data.errors import DataError
 from evaluation.bootstrap import LEVEL, RESAMPLES, Interval, bootstrap
 from evaluation.commands.model import add_model, chosen_model
 from evaluation.commands.results import PAGE, names_of, percent, rates, refuse_present, show, write_results
-from evaluation.embed_records import EmbedError, load_backbone
-from evaluation.export_run import open_onnx
+from evaluation.embed.records import EmbedError, load_backbone
+from evaluation.export.run import open_onnx
 from evaluation.page import Summary, Table
 from evaluation.pairs import PairEmbeddings, embed_pairs, read_pairs
 from evaluation.plots import det_figure, label, roc_figure, score_figure

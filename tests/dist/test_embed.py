@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from backbones import Backbone, build_backbone, normalise_pixels
 from data.errors import DataError
-from evaluation import embed
-from evaluation.embed import embed_images
+from evaluation.embed import embed
+from evaluation.embed.embed import embed_images
 from evaluation.pairs import embed_pairs
 from tests.image_cases import damaged_images, jpeg, odd_images, picture
 from tests.ranks import WORLD_SIZES, RankPool

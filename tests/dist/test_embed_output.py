@@ -14,10 +14,10 @@ import torch.distributed as dist
 from backbones import build_backbone
 from clustering.service.parts import PartFiles
 from data.errors import DataError
-from evaluation import embed_records
-from evaluation.embed_output import Output
-from evaluation.embed_records import Embedded, embed_all, rows_of
-from evaluation.embed_sources import FolderImages
+from evaluation.embed import records as embed_records
+from evaluation.embed.output import Output
+from evaluation.embed.records import Embedded, embed_all, rows_of
+from evaluation.embed.sources import FolderImages
 from tests.image_cases import jpeg
 from tests.ranks import WORLD_SIZES, RankPool
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from evaluation.embed_records import load_backbone
+from evaluation.embed.records import load_backbone
 from tests.conftest import STORE_KEYS
 from tests.integration.conftest import Run
 from tests.integration.test_resume import STEPS

@@ -19,9 +19,9 @@ from data.__main__ import main as data
 from data.errors import DataError
 from data.loading.decode import decode_image
 from data.verification_bin import write_bin
-from evaluation import embed_records
 from evaluation.__main__ import main
-from evaluation.embed_sources import FolderImages
+from evaluation.embed import records as embed_records
+from evaluation.embed.sources import FolderImages
 from tests.image_cases import damaged_images, jpeg, odd_images, photograph, saved
 
 Call = Callable[..., int]

@@ -21,12 +21,12 @@ from data.rec.records import RecordSet
 from data.synthetic import SyntheticFaces
 from data.verification_bin import write_bin
 from evaluation.__main__ import main
-from evaluation.export import export_onnx
-from evaluation.export_check import LIMIT, check_images, worst_difference
-from evaluation.export_form import Deployed, ExportError, Form
-from evaluation.export_int8 import Drawn, draw_images
-from evaluation.export_run import open_onnx
-from evaluation.export_write import write_program
+from evaluation.export.check import LIMIT, check_images, worst_difference
+from evaluation.export.export import export_onnx
+from evaluation.export.form import Deployed, ExportError, Form
+from evaluation.export.int8 import Drawn, draw_images
+from evaluation.export.run import open_onnx
+from evaluation.export.write import write_program
 from tests.export_cases import left_in, run_onnx, settled, truth_of
 from tests.record_files import image_record, write_set
 
@@ -76,7 +76,7 @@ def at_once(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def copied(network: Deployed, path: Path, about: Mapping[str, str]) -> None:
         shutil.copy(exported, path)
 
-    monkeypatch.setattr("evaluation.export.write_onnx", copied)
+    monkeypatch.setattr("evaluation.export.export.write_onnx", copied)
 
 
 def _call(*arguments: object) -> int:
@@ -219,7 +219,7 @@ def test_a_file_of_another_length_is_refused(exported: Path, backbone: Backbone)
 def test_int8_that_is_far_off_is_refused_but_for_force(
     place: Path, exported: Path, at_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("evaluation.export.LEAST", 1.1)
+    monkeypatch.setattr("evaluation.export.export.LEAST", 1.1)
     command = ["--run", place / "run", "--out", tmp_path / "face.onnx", "--int8", "--calibrate", place / "set"]
     assert _call(*command, "--images", 2) == 2
     assert re.search(
@@ -234,7 +234,7 @@ def test_int8_that_is_far_off_is_refused_but_for_force(
 def test_weights_of_more_than_a_file_holds_lie_beside_it(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evaluation.export_write._LARGE", 100_000)
+    monkeypatch.setattr("evaluation.export.write._LARGE", 100_000)
     out = tmp_path / "face.onnx"
     looked = []
     done = export_onnx(backbone, out, name="small", form=Form(), look=looked.append)
@@ -253,7 +253,7 @@ def test_weights_of_more_than_a_file_holds_lie_beside_it(
 def test_weights_that_are_there_are_not_replaced(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("evaluation.export_write._LARGE", 100_000)
+    monkeypatch.setattr("evaluation.export.write._LARGE", 100_000)
     (tmp_path / "face.onnx.data").write_bytes(b"of another export")
     assert _call("--run", place / "run", "--out", tmp_path / "face.onnx") == 2
     assert "face.onnx.data: expected no file there" in capsys.readouterr().err

@@ -15,10 +15,10 @@ from backbones import Backbone, normalise_pixels
 from backbones.iresnet import IResNet
 from backbones.mobilefacenet import MobileFaceNet
 from backbones.vit import VisionTransformer
-from evaluation.export_check import check_images
-from evaluation.export_form import Deployed, ExportError, Form
-from evaluation.export_run import FileBackbone, open_onnx
-from evaluation.export_write import write_onnx
+from evaluation.export.check import check_images
+from evaluation.export.form import Deployed, ExportError, Form
+from evaluation.export.run import FileBackbone, open_onnx
+from evaluation.export.write import write_onnx
 from tests.export_cases import settled, truth_of
 
 onnx = pytest.importorskip("onnx")

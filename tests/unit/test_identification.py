@@ -10,10 +10,11 @@ import pytest
 from sklearn.preprocessing import normalize
 
 from data.errors import DataError
-from evaluation import distractors, embedding_files
+from evaluation import distractors
 from evaluation import identification as module
 from evaluation.distractors import among_distractors
-from evaluation.embedding_files import EmbeddingFile, read_labels
+from evaluation.embed import files as embedding_files
+from evaluation.embed.files import EmbeddingFile, read_labels
 from evaluation.identification import best_scores, identification
 from tests.ijb_cases import Array
 

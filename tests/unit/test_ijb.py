@@ -11,12 +11,13 @@ from sklearn.metrics import roc_curve
 from sklearn.preprocessing import normalize
 
 from data.errors import DataError
-from evaluation import embedding_files, pair_scores
-from evaluation.embedding_files import EmbeddingFile, unit
-from evaluation.ijb import joined, one_to_many, one_to_one
-from evaluation.ijb_files import Pairs, read_images, read_persons
+from evaluation.embed import files as embedding_files
+from evaluation.embed.files import EmbeddingFile, unit
+from evaluation.ijb import pair_scores
+from evaluation.ijb.files import Pairs, read_images, read_persons
+from evaluation.ijb.ijb import joined, one_to_many, one_to_one
+from evaluation.ijb.templates import Templates, pooled, pooled_plainly
 from evaluation.roc import nearest_tars, roc_of, tar_at_far
-from evaluation.templates import Templates, pooled, pooled_plainly
 from tests.ijb_cases import Array, Case, made_up, write
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors"

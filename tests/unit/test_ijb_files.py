@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from evaluation import ijb_files
-from evaluation.embedding_files import EmbeddingFile
-from evaluation.ijb_files import read_images, read_pairs, read_persons, read_points
-from evaluation.templates import Templates, pooled
+from evaluation.embed.files import EmbeddingFile
+from evaluation.ijb import files as ijb_files
+from evaluation.ijb.files import read_images, read_pairs, read_persons, read_points
+from evaluation.ijb.templates import Templates, pooled
 from tests.ijb_cases import Array, made_up, write
 
 VECTORS = Path(__file__).parents[1] / "fixtures" / "vectors"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.rec import digits
-from evaluation import number_lines
-from evaluation.number_lines import read_columns
+from evaluation.ijb import number_lines
+from evaluation.ijb.number_lines import read_columns
 
 FAST = {
     "one line": b"1 2 3\n",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from backbones import build_backbone
-from evaluation.embed_records import load_backbone
+from evaluation.embed.records import load_backbone
 from sharding import all_shards
 from training.__main__ import main
 from training.checkpoint import CheckpointError

@@ -150,7 +150,7 @@ def _of_call(call: ast.Call, name: str, aliases: dict[str, str], place: str) -> 
 def test_there_are_sources() -> None:
     places = {path.relative_to(ROOT).as_posix() for path in sources()}
     assert len(places) > 150
-    assert {"train_dist.py", "sharding.py", "data/verification_bin.py", "evaluation/embed_records.py"} <= places
+    assert {"train_dist.py", "sharding.py", "data/verification_bin.py", "evaluation/embed/records.py"} <= places
     assert not [place for place in places if place.startswith(("tests", "."))]
 
 

@@ -18,7 +18,7 @@ from backbones import IMAGE_SIZE, Backbone
 from configs.schema import RunConfig
 from data.loading.decode import decode_image
 from data.verification_bin import VerificationSet
-from evaluation.embed import embed_images
+from evaluation.embed.embed import embed_images
 from training.distributed import Ranks
 from training.showing.metrics import RunLog
 from training.verify import NamedSet

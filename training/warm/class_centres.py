@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.embedding_files import map_array
+from evaluation.embed.files import map_array
 from training.checkpoint import CheckpointError, Saved
 from training.warm.class_map import ClassMap
 from training.warm.safetensors_file import read_tensors

@@ -17,8 +17,8 @@ from torch import Tensor
 from backbones import Backbone
 from data.rec.records import RecordSet
 from evaluation.decoding import decoded
-from evaluation.embed import embed_images
-from evaluation.embed_sources import RecordImages
+from evaluation.embed.embed import embed_images
+from evaluation.embed.sources import RecordImages
 from training.warm.class_map import Ints
 
 

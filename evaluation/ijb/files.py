@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
-from evaluation.embedding_files import Ints
-from evaluation.number_lines import MOST_DIGITS, read_columns
+from evaluation.embed.files import Ints
+from evaluation.ijb.number_lines import MOST_DIGITS, read_columns
 from evaluation.roc import Bools, Floats
 
 _TABLE = 1 << 24

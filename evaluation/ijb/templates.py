@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.errors import DataError
-from evaluation.embedding_files import EmbeddingFile, Ints, unit
+from evaluation.embed.files import EmbeddingFile, Ints, unit
 from evaluation.roc import Floats
 
 

@@ -23,10 +23,10 @@ from data.errors import DataError, said
 from data.loading.decode import DecodeError
 from data.rec.recordio import RecordError
 from data.rec.records import RecordSet
-from evaluation.embed_sources import RecordImages
-from evaluation.export_form import INPUT, ExportError, Form, needed
-from evaluation.export_run import FileBackbone
-from evaluation.export_write import check_onnx, quiet
+from evaluation.embed.sources import RecordImages
+from evaluation.export.form import INPUT, ExportError, Form, needed
+from evaluation.export.run import FileBackbone
+from evaluation.export.write import check_onnx, quiet
 
 Pixels = npt.NDArray[np.uint8]
 LEAST_MEAN, LEAST = 0.98, 0.9

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backbones import IMAGE_SIZE, Backbone
 from data.errors import said
-from evaluation.export_form import ExportError, Form, needed
+from evaluation.export.form import ExportError, Form, needed
 
 Run = Callable[[npt.NDArray[Any]], npt.NDArray[np.float32]]
 _TAKEN = {

@@ -24,8 +24,8 @@ from torch import Tensor
 from backbones import Backbone, build_backbone, normalise_pixels
 from data.errors import DataError, said
 from evaluation.decoding import decoded
-from evaluation.embed_output import Output
-from evaluation.embed_sources import Source
+from evaluation.embed.output import Output
+from evaluation.embed.sources import Source
 from sharding import shard_of
 
 NAMED = 10

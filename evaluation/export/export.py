@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from backbones import Backbone
 from data.files import appearing
-from evaluation.export_check import worst_difference
-from evaluation.export_form import Deployed, ExportError, Form, describe
-from evaluation.export_int8 import LEAST, LEAST_MEAN, Cosines, Drawn, cosines, quantise
-from evaluation.export_run import FileBackbone, open_onnx, open_program
-from evaluation.export_write import files_of, weights_apart, write_onnx, write_program
+from evaluation.export.check import worst_difference
+from evaluation.export.form import Deployed, ExportError, Form, describe
+from evaluation.export.int8 import LEAST, LEAST_MEAN, Cosines, Drawn, cosines, quantise
+from evaluation.export.run import FileBackbone, open_onnx, open_program
+from evaluation.export.write import files_of, weights_apart, write_onnx, write_program
 
 Look = Callable[[FileBackbone], None]
 

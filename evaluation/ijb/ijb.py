@@ -13,10 +13,10 @@ import numpy as np
 
 from data.errors import DataError
 from evaluation.identification import FPIRS, RANKS, Identification, best_scores, cosines, identification
-from evaluation.ijb_files import Pairs, Persons
-from evaluation.pair_scores import pair_scores
+from evaluation.ijb.files import Pairs, Persons
+from evaluation.ijb.pair_scores import pair_scores
+from evaluation.ijb.templates import Templates
 from evaluation.roc import Roc, TarAtFar, nearest_tars, roc_of, tar_at_far
-from evaluation.templates import Templates
 
 FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 

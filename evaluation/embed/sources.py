@@ -21,7 +21,7 @@ from data.making.pack import every_image
 from data.making.sources import FolderSource, encode_image, is_image
 from data.rec.records import RecordSet
 from data.verification_bin import read_bin
-from evaluation.embedding_files import Ints
+from evaluation.embed.files import Ints
 
 Sidecars = dict[str, "bytes | Ints"]
 """What says which image a row is of, by the end of a file's name: a text, or an array for a .npy."""

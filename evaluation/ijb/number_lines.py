@@ -13,7 +13,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.rec.digits import columns_of
-from evaluation.embedding_files import Ints
+from evaluation.embed.files import Ints
 
 MOST_DIGITS = 18
 """Of a number: all such fit int64."""

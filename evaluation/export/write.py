@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from data.errors import said
-from evaluation.export_form import INPUT, OUTPUT, Deployed, ExportError, example, needed
+from evaluation.export.form import INPUT, OUTPUT, Deployed, ExportError, example, needed
 
 OPSET = 20
 """The one that torch's exporter recommends; onnxruntime reads it from 1.17 on."""

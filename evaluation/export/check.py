@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from backbones import IMAGE_SIZE, Backbone, normalise_pixels
 from data.synthetic import SyntheticFaces
-from evaluation.export_form import ExportError
+from evaluation.export.form import ExportError
 
 LIMIT = 1e-4
 """The largest difference that is let pass, of any component, in lengths of the embedding."""

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from data.errors import DataError
 from data.files import appearing
-from evaluation.embed_sources import Sidecars
+from evaluation.embed.sources import Sidecars
 
 _PART = "part-{:05}-of-{:05}.npy"
 _IS_PART = re.compile(r"part-[0-9]{5,}-of-[0-9]{5,}\.npy")

@@ -1,0 +1,1 @@
+"""IJB-B and IJB-C: their files, templates, scores of pairs."""
