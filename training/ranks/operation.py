@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NamedTuple
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = {"backbones", "clustering", "configs", "data", "evaluation", "partial_fc", "sharding.py", "train_dist.py",
              "training"}  # fmt: skip
 _WRAPPERS = {"wrapper", "inner", "_fn", "_call_impl", "_wrapped_call_impl", "decorate_context"}
