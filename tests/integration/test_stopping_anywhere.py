@@ -43,7 +43,7 @@ def say_and_wait(work):
 if moment == "start-up":
     trainer.loader_of = say_and_wait(trainer.loader_of)
 elif moment == "evaluation":
-    import evaluation.embed.embed.embed as embed
+    import evaluation.embed.embed as embed
     embed._pixels = say_and_wait(embed._pixels)
 elif moment == "saving":
     saver.write = say_and_wait(saver.write)
