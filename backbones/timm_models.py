@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from backbones.base import IMAGE_SIZE, Backbone
 from backbones.recompute import Part
+from configs.extras import installing
 
 PREFIX = "timm/"
 _NEAREST = 3
@@ -97,9 +98,7 @@ def _timm(name: str) -> Any:
         return importlib.import_module("timm")
     except ModuleNotFoundError as error:
         missing = error.name or "timm"
-        raise ValueError(
-            f"{PREFIX}{name} needs {missing}, which is not installed: pip install 'clusterface[timm]'"
-        ) from None
+        raise ValueError(f"{PREFIX}{name} needs {missing}, which is not installed: {installing('timm')}") from None
     except Exception as error:  # a torchvision that was built for another torch raises RuntimeError
         said = " ".join(str(error).split())
         raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from configs.extras import installing
 from data.errors import DataError
 from data.files import check_same, identified
 from data.making.sources import encode_image
@@ -251,7 +252,7 @@ def _pyarrow() -> Any:
     try:
         return importlib.import_module("pyarrow")
     except ImportError:
-        raise DataError("parquet files need pyarrow: pip install clusterface[parquet]") from None
+        raise DataError(f"parquet files need pyarrow, {installing('parquet')}") from None
 
 
 @contextmanager

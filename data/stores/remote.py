@@ -9,6 +9,7 @@ from typing import Any
 
 import fsspec
 
+from configs.extras import driver_for
 from data.errors import DataError
 from data.files import appearing
 from data.stores.block_disk import BlockDisk, locked
@@ -39,8 +40,9 @@ class Store:
             self._fs.invalidate_cache()
             listed = self._fs.ls(self._base, detail=True)
         except (ImportError, ValueError) as error:
-            advice = "install clusterface[s3]" if address.startswith("s3") else "install the one for fsspec"
-            raise DataError(f"{address}: expected a driver for such addresses ({error}): {advice}") from None
+            raise DataError(
+                f"{address}: expected a driver for such addresses ({error}): {driver_for(address)}"
+            ) from None
         except FileNotFoundError:
             raise DataError(f"{address}: nothing is there: expected a folder with train.rec and property") from None
         except Exception as error:  # whatever a store's library raises

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import IMAGE_SIZE, Backbone, normalise_pixels
+from configs.extras import installing
 from data.errors import DataError, said
 
 INPUT, OUTPUT = "images", "embeddings"
@@ -82,9 +83,7 @@ def needed(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ExportError(
-            f"expected the package {module}: {said(error):.200}: pip install 'clusterface[export]'"
-        ) from None
+        raise ExportError(f"expected the package {module}: {said(error):.200}: {installing('export')}") from None
 
 
 def _own_version() -> str:

@@ -345,6 +345,6 @@ def test_ranks_other_sizes_and_missing_packages_are_refused(
             patch.setitem(sys.modules, package, None)
             assert _call(*command) == 2
         assert re.search(
-            rf"expected the package {package}: .*pip install 'clusterface\[export\]'", capsys.readouterr().err
+            rf"expected the package {package}: .*pip install .* -e '\.\[export\]'", capsys.readouterr().err
         )
     assert left_in(tmp_path) == ["set"]

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from configs.extras import installing
 from data.__main__ import main
 from data.making import spill
 from data.making.parquet import ParquetSource, jumps, read_table
@@ -172,7 +173,7 @@ def test_without_pyarrow(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     error = _refused(capsys, "parquet", tmp_path / "set", tmp_path / "a.parquet")
-    assert error.endswith("pip install clusterface[parquet]")
+    assert error.endswith(f"pyarrow, {installing('parquet')}")
 
 
 # ---- shards --------------------------------------------------------------------------------------------------------

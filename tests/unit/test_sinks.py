@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from configs.extras import installing
 from configs.load import load_config
 from configs.monitor import MonitorConfig
 from configs.schema import ConfigError
@@ -121,7 +122,7 @@ def test_a_library_that_is_missing_or_broken_is_named_before_training(
     with pytest.raises(ConfigError) as caught:
         build_sinks(load_config(None, [f"monitor.{setting}"]).monitor, lines.append)
     assert str(caught.value).startswith(f"monitor.{setting.partition('=')[0]}: {module} does not load (")
-    assert str(caught.value).endswith(f"install clusterface[{extra}], or leave it empty")
+    assert str(caught.value).endswith(f"leave it empty, or, {installing(extra)}")
     assert "\n" not in str(caught.value)
 
 

@@ -224,7 +224,7 @@ def test_models_for_other_images_are_refused_in_one_line(stand_in: list[dict[str
 
 def test_without_timm_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r"^timm/resnet18 needs timm, .* pip install 'clusterface\[timm\]'$"):
+    with pytest.raises(ValueError, match=r"^timm/resnet18 needs timm, .* pip install .* -e '\.\[timm\]'$"):
         build_backbone("timm/resnet18")
     assert ModelConfig(backbone="timm/resnet18").backbone == "timm/resnet18"
     assert not any(name.startswith("timm") for name in names())

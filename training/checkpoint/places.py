@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 
 from configs.addresses import holds_credentials, where_credentials_belong
+from configs.extras import driver_for
 from data.files import synced
 from data.rec.places import is_address
 from training.checkpoint.errors import CheckpointError
@@ -131,8 +132,7 @@ class ObjectStore:
             self._fs, base = fsspec.url_to_fs(self.address)
         except (ImportError, ValueError) as error:
             raise CheckpointError(
-                f"{address}: expected a driver for such addresses ({error}): install clusterface[s3], or the one for "
-                "fsspec"
+                f"{address}: expected a driver for such addresses ({error}): {driver_for(address)}"
             ) from None
         self._base = str(base).rstrip("/")
 

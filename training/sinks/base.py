@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from configs.extras import installing
 from configs.schema import ConfigError, RunConfig
 from data.contact_sheet import Pixels
 from data.errors import DataError
@@ -75,7 +76,7 @@ def library(module: str, extra: str, setting: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # a library that does not suit the others raises anything
         raise ConfigError(
-            f"{setting}: {module} does not load ({said(error)}): install clusterface[{extra}], or leave it empty"
+            f"{setting}: {module} does not load ({said(error)}): leave it empty, or, {installing(extra)}"
         ) from None
 
 
