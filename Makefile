@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench bench-gpu interop audit sbom clean
+.PHONY: help setup demo test test-docs docs wheel lint format bench bench-gpu interop audit sbom image test-image clean
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 setup: $(STAMP)  ## create .venv with the exact versions of constraints.txt
 
@@ -21,6 +21,16 @@ demo: $(STAMP)  ## pack records, train on 2 ranks with clusters, print a table (
 
 test: lint  ## lint, types and all tests
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-docs: $(STAMP)  ## README's commands too, the site in a browser, the wheel in a clean environment
+	@OMP_NUM_THREADS=1 CLUSTERFACE_TEST_DOCS=1 $(BIN)/pytest --durations=10 tests/docs
+
+docs: $(STAMP)  ## the documentation as a site in runs/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "runs/site: $(BIN)/python -m http.server --bind 127.0.0.1 --directory runs/site 8000 shows it"
+
+wheel: $(STAMP)  ## sdist and wheel in runs/dist, looked at in a clean environment
+	@sh scripts/release.sh runs/dist
 
 lint: $(STAMP)  ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
@@ -65,6 +75,16 @@ audit: $(STAMP)  ## known vulnerabilities of the versions of constraints.txt (ow
 
 sbom: $(STAMP)  ## what is installed in .venv, as CycloneDX JSON in runs/sbom.cdx.json
 	@sh scripts/audit.sh sbom
+
+# IMAGE_BASE: another base image. IMAGE_OPTIONS: more options of the builder (docs/cluster.md).
+VARIANT ?= cuda
+IMAGE ?= clusterface:$(VARIANT)
+
+image:  ## the container image, by docker, buildah or podman (VARIANT=cpu for CPUs)
+	@sh docker/build.sh "$(VARIANT)" "$(IMAGE)" $(if $(IMAGE_BASE),--build-arg "BASE=$(IMAGE_BASE)") $(IMAGE_OPTIONS)
+
+test-image: $(STAMP)  ## build the CPU image and train in it (needs root on Debian, some ten minutes on 2 cores)
+	@$(BIN)/pytest --timeout=3600 -v tests/image/check_image.py
 
 clean:  ## remove the environments and the demo's run
 	rm -rf $(VENV) .venv-interop .venv-audit runs/demo

@@ -28,6 +28,7 @@ ALLOWED = {
         "training",
     },
     "train_dist": {"configs", "training"},
+    "docker": {"configs", "docker"},
 }
 COMMANDS = {
     "clustering/commands": {"data", "training"},
