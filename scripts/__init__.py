@@ -1,0 +1,1 @@
+"""What the makefile runs beside the packages."""

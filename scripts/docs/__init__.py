@@ -1,0 +1,1 @@
+"""What the site of `make docs` is made of beside docs/: pages out of the code, links, diagrams, figures."""
