@@ -50,11 +50,21 @@ class ModelConfig:
     compile: bool = False
     """Train the backbone through torch.compile. It takes a minute or so to begin with, needs a C++ compiler, and gave
     the training step nothing on an H100 (docs/backbones.md)."""
+    shard: Literal["none", "host", "all"] = "none"
+    """Cut the backbone's weights, gradients and moments over ranks, by FSDP2: over all, or over those of a host, with a
+    copy on each host. Less memory, more bytes on the wire, the same training (docs/several_machines.md)."""
 
     def __post_init__(self) -> None:
         require(bool(self.backbone), "model.backbone", self.backbone, "a name of backbones.names()")
         require(self.embedding_size >= 2, "model.embedding_size", self.embedding_size, "at least 2")
         require(0 <= self.recompute <= 1, "model.recompute", self.recompute, "0 to 1, a share of the blocks")
+        require(self.shard in ("none", "host", "all"), "model.shard", self.shard, "none, host or all")
+        require(
+            not (self.compile and self.shard != "none"),
+            "model.compile",
+            self.compile,
+            "false with model.shard, whose gathers torch.compile would have to break its programs at",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

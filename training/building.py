@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from backbones import Backbone, build_backbone
 from clustering.service.service import ClusterService
-from configs.schema import RunConfig
+from configs.schema import ConfigError, ModelConfig, RunConfig
 from data.loading.batch import Loader
 from data.loading.loader import build_loader
 from data.rec.records import RecordSet
-from training.distributed import Ranks
+from partial_fc.collectives import extremes
+from training.distributed import Ranks, data_parallel
+from training.sharded import ShardedBackbone
+from training.sharded_units import shard_ranks
 from training.showing.timing import Stopwatch
 
 
@@ -31,6 +40,43 @@ def loader_of(config: RunConfig, records: RecordSet, ranks: Ranks, *, batch_size
         images_per_identity=config.data.images_per_identity,
         window=config.data.window,
     )
+
+
+def new_backbone(model: ModelConfig) -> Backbone:
+    """On the CPU, with random weights. Raises ConfigError."""
+    try:
+        return build_backbone(model.backbone, embedding_size=model.embedding_size, recompute=model.recompute)
+    except ValueError as error:
+        raise ConfigError(f"model.backbone: {error}") from None
+
+
+def on_all_ranks(backbone: Backbone, model: ModelConfig, ranks: Ranks) -> DistributedDataParallel | ShardedBackbone:
+    """As `model.shard` says. On one rank there is nothing to cut. One all-reduce, and the collectives of either kind.
+
+    backbone: on the CPU. Raises ConfigError.
+    """
+    if ranks.world_size > 1 and model.shard != "none":
+        fewest, most = extremes(ranks.host_ranks, ranks.group, ranks.device)
+        inside = shard_ranks(model.shard, ranks.world_size, most if fewest == most else -1)
+        if inside > 1:
+            return ShardedBackbone(backbone, ranks, inside)
+    return data_parallel(backbone.to(ranks.device), ranks, compiled=model.compile)
+
+
+@contextmanager
+def whole(backbone: DistributedDataParallel | ShardedBackbone) -> Iterator[Backbone]:
+    """The backbone, to be run without gradients, by some ranks more often than by others. A sharded one is gathered."""
+    if isinstance(backbone, ShardedBackbone):
+        with backbone.gathered() as module:
+            yield module
+    else:
+        assert isinstance(backbone.module, Backbone)
+        yield backbone.module
+
+
+def weights_of(backbone: DistributedDataParallel | ShardedBackbone) -> dict[str, Tensor]:
+    """Its state dict, whole, on rank 0. A sharded one is gathered, weight by weight, by all ranks."""
+    return backbone.weights() if isinstance(backbone, ShardedBackbone) else backbone.module.state_dict()
 
 
 def service_of(

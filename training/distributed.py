@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ class Ranks:
     """Seconds that collectives wait once training is under way."""
     launcher_store: Store | None = None
     """Torchrun's, where `store` is another: it outlives every rank, but not torchrun."""
+    host_ranks: int = 0
+    """Ranks of this host, which follow each other; 0: all are on one."""
 
     @property
     def is_main(self) -> bool:
@@ -155,8 +157,10 @@ def open_ranks(config: TrainConfig, *, flights: Path | None = None) -> Iterator[
         arguments |= {"backend": "nccl", "device_id": device}
         if flights is not None:
             _record_flights(flights)
-    launched = world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+    torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    launched = torchrun and world_size > 1
+    if world_size == 1 and (torchrun or "MASTER_ADDR" not in os.environ):
+        # Torchrun's store would be gone for the last checkpoint where torchrun was killed.
         arguments |= {"store": HashStore(), "rank": 0, "world_size": 1}
     try:
         if launched:
@@ -184,6 +188,7 @@ def open_ranks(config: TrainConfig, *, flights: Path | None = None) -> Iterator[
         store=kept,
         launcher_store=store,
         timeout=config.timeout,
+        host_ranks=local_world_size,
         monitor=Monitor(store, rank=rank, world_size=world_size, timeout=config.timeout, cuda=device.type == "cuda"),
     )
     if world_size > 1:
@@ -207,9 +212,10 @@ def data_parallel(backbone: Backbone, ranks: Ranks, *, compiled: bool = False) -
 
     DDP averages by default. The losses here are means over the global batch and hand every rank the gradient
     of that global mean, so the sum is the gradient, and no hidden factor of the world size is needed anywhere.
-    Buffers (BatchNorm statistics) follow rank 0. Weights become channels last in memory. Runs a forward and a
-    backward pass on two black images, with their collectives. compiled: from then on, training runs its body through
-    torch.compile; raises ConfigError where that does not work.
+    Of buffers (BatchNorm statistics) rank 0's count: evaluation (`training.verify.share_statistics`), checkpoints and
+    exports take those. Weights become channels last in memory. Runs a forward and a backward pass on two black images,
+    with their collectives. compiled: from then on, training runs its body through torch.compile; raises ConfigError
+    where that does not work.
     """
     if compiled:
         _try_compiler(ranks.device)
@@ -221,9 +227,12 @@ def data_parallel(backbone: Backbone, ranks: Ranks, *, compiled: bool = False) -
         process_group=ranks.group,
         gradient_as_bucket_view=True,
     )
+    model.broadcast_buffers = False  # training does not read them; what does is given rank 0's
     # DDP refuses a hook whose annotations are text, as those of this file are; a lambda has none.
     model.register_comm_hook(ranks.group, lambda group, bucket: _sum_gradients(group, bucket))  # noqa: PLW0108
-    _settle_buckets(model, ranks.device)
+    # DDP lays its buckets out anew after its first backward, and the order of a sum over three or more ranks depends on
+    # the layout: without this, the first step of a resumed run would round otherwise than that of one never stopped.
+    pass_two_images(model, backbone, ranks.device)
     if compiled:  # not before: nobody waits for a program for two images
         backbone.compile_body()
     return model
@@ -240,15 +249,28 @@ def _try_compiler(device: torch.device) -> None:
         ) from None
 
 
-def _settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
-    """Leave DDP's first backward behind, and everything else as it was.
-
-    DDP lays its buckets out anew after its first backward, and the order of a sum over three or more ranks depends on
-    the layout: without this, the first step of a resumed run would round otherwise than that of one never stopped.
-    """
-    before = [buffer.clone() for buffer in model.module.buffers()]
+def pass_two_images(model: Callable[[Tensor], Tensor], backbone: Backbone, device: torch.device) -> None:
+    """There and back, black ones; nothing else changes. model: the backbone as it is trained."""
+    before = [buffer.clone() for buffer in backbone.buffers()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model(torch.zeros(2, 3, *IMAGE_SIZE, device=device)).sum().backward()
-    for buffer, old in zip(model.module.buffers(), before, strict=True):
+    for buffer, old in zip(backbone.buffers(), before, strict=True):
         buffer.copy_(old)
-    model.zero_grad(set_to_none=True)
+    backbone.zero_grad(set_to_none=True)
+
+
+def host_groups(ranks: Ranks, inside: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """For ranks in blocks of `inside`: the group of this rank's place in every block, and that of its own block.
+
+    All ranks call it, at the same time.
+    """
+    places = torch.tensor(dist.get_process_group_ranks(ranks.group)).view(-1, inside)
+    patience = _patience(max(ranks.timeout, START_S), ranks.device)
+    found: list[dist.ProcessGroup] = []
+    for blocks in (places.T, places):
+        mine: Any = None
+        for block in blocks.tolist():  # each rank makes all of them, in the same order
+            group = dist.new_group(block, timeout=patience)
+            mine = group if dist.get_rank() in block else mine
+        found.append(mine)
+    return found[0], found[1]

@@ -19,6 +19,7 @@ from configs.guard import GuardConfig
 from partial_fc.collectives import all_reduce_
 from training.distributed import Ranks
 from training.errors import TrainingError
+from training.sharded import ShardedBackbone
 from training.spikes import Spike, SpikeDetector
 from training.step import StepValues
 
@@ -81,7 +82,7 @@ class Guard:
         while self._under_way:
             self._look_at(self._under_way.popleft())
 
-    def check_weights(self, backbone: nn.Module, head: nn.Module) -> None:
+    def check_weights(self, backbone: nn.Module | ShardedBackbone, head: nn.Module) -> None:
         """Raises RollBack, on all ranks, when weights are not finite: every later step would be skipped.
 
         An update can overflow though loss and gradient did not. To be called before weights are saved. One all-reduce;
@@ -196,7 +197,7 @@ def _listed(ids: Sequence[int]) -> str:
 
 
 @torch.no_grad()
-def _all_finite(module: nn.Module, device: torch.device) -> Tensor:
+def _all_finite(module: nn.Module | ShardedBackbone, device: torch.device) -> Tensor:
     """float32 scalar, 1 when all parameters and buffers are. Makes no copy of any."""
     largest = [
         torch.linalg.vector_norm(tensor.detach(), float("inf")).float()

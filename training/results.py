@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from clustering.service.class_report import ClassReport
 from configs.load import to_yaml
@@ -33,9 +33,9 @@ def introduce(log: RunLog, config: RunConfig, records: RecordSet, ranks: Ranks, 
     )
 
 
-def write_results(output: Path, backbone: nn.Module, hardest: Sequence[ClassReport] | None) -> None:
+def write_results(output: Path, weights: Mapping[str, Tensor], hardest: Sequence[ClassReport] | None) -> None:
     """backbone.pt, and classes.json where there are clusters; each whole or not at all. Raises DataError."""
-    write_weights(backbone.state_dict(), output / "backbone.pt")
+    write_weights(weights, output / "backbone.pt")
     if hardest is not None:
         rows = [dataclasses.asdict(row) for row in hardest]
         with appearing([output / "classes.json"]) as (partial,):

@@ -1,7 +1,7 @@
 """What a run is made of at a step, as a checkpoint has it: cut by class, cluster and sample, not by rank.
 
-    backbone.*              rank 0's: weights, BatchNorm statistics
-    optimizer.backbone.*    by number of the parameter
+    backbone.*              rank 0's: weights, BatchNorm statistics; with `model.shard` rows of weights
+    optimizer.backbone.*    by number of the parameter; rows, as the weights'
     head.weight             rows of class centres; head.*, what a loss has learnt on the way
     optimizer.centres.*     rows, as the centres'
     clusters.*              the cluster service's; `clustering.service.saving` says how it is cut
@@ -24,13 +24,14 @@ from partial_fc.head import PartialFCHead
 from sharding import Rows
 from training.checkpoint import CheckpointError, Saved
 from training.distributed import Ranks
+from training.sharded import ShardedBackbone
 
 _OTHER_RANKS = 1_000_003
 """A prime, so that seeds of steps and ranks do not fall together."""
 
 
 def is_cut(name: str) -> bool:
-    """Whether a tensor is shared out over the ranks; the others are rank 0's."""
+    """Whether a tensor is always shared out over the ranks; the others are rank 0's, unless the backbone is sharded."""
     if name.startswith("clusters."):
         return kind_of(name.removeprefix("clusters.")) in ("class", "cluster", "sample")
     return name == "head.weight" or name.startswith("optimizer.centres.")
@@ -42,7 +43,7 @@ class RunState:
     def __init__(
         self,
         *,
-        backbone: nn.Module,
+        backbone: nn.Module | ShardedBackbone,
         head: PartialFCHead,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
         service: ClusterService | None,
@@ -63,9 +64,7 @@ class RunState:
         tensors: dict[str, Rows | Tensor] = {
             f"optimizer.centres.{name}": Rows(tensor, first, total) for name, tensor in centres.items()
         }
-        of_backbone, _ = _of_optimizer(self._of_backbone)
-        tensors |= {f"optimizer.backbone.{name}": tensor for name, tensor in of_backbone.items()}
-        tensors |= {f"backbone.{name}": tensor for name, tensor in self._backbone.state_dict().items()}
+        tensors |= self._collect_backbone()
         tensors |= {f"head.{name}": t for name, t in self._head.state_dict().items() if isinstance(t, Tensor)}
         tensors["head.weight"] = Rows(self._head.weight, first, total)
         saved = {"centres": values, "clusters": None}
@@ -86,9 +85,8 @@ class RunState:
         """Become what was saved, by any number of ranks. Raises DamagedError, CheckpointError."""
         state = saved.values["state"]
         try:
-            self._backbone.load_state_dict(saved.named("backbone."))
             self._restore_centres(saved, state["centres"])
-            _load(self._of_backbone, _by_number(saved.named("optimizer.backbone.")))
+            self._restore_backbone(saved)
             if self._service is not None:
                 self._service.load_state_dict(self._clusters(saved, state["clusters"]))
         except (KeyError, RuntimeError) as error:
@@ -100,6 +98,42 @@ class RunState:
                 "train.output, or start over with --set train.resume=false"
             ) from None
         self._restore_random(saved)
+
+    def _collect_backbone(self) -> dict[str, Rows | Tensor]:
+        moments, _ = _of_optimizer(self._of_backbone)
+        if not isinstance(self._backbone, ShardedBackbone):
+            whole = {f"backbone.{name}": tensor for name, tensor in self._backbone.state_dict().items()}
+            return {**whole, **{f"optimizer.backbone.{name}": tensor for name, tensor in moments.items()}}
+        found: dict[str, Rows | Tensor] = {
+            f"backbone.{name}": tensor for name, tensor in self._backbone.uncut().items()
+        }
+        rows = list(self._backbone.rows.values())
+        found |= {f"backbone.{name}": own for name, own in self._backbone.rows.items()}
+        for name, tensor in moments.items():
+            own = rows[int(name.partition(".")[0])]
+            found[f"optimizer.backbone.{name}"] = Rows(tensor, own.start, own.total) if tensor.dim() else tensor
+        if self._backbone.writes:
+            return found
+        return {name: item for name, item in found.items() if not isinstance(item, Rows)}
+
+    def _restore_backbone(self, saved: Saved) -> None:
+        weights, moments = "backbone.", "optimizer.backbone."
+        if not isinstance(self._backbone, ShardedBackbone):
+            self._backbone.load_state_dict(saved.named(weights))
+            _load(self._of_backbone, _by_number(saved.named(moments)))
+            return
+        here: dict[str, Rows | Tensor] = {**self._backbone.uncut(), **self._backbone.rows}
+        if set(here) != {name.removeprefix(weights) for name in saved.names if name.startswith(weights)}:
+            raise RuntimeError("names of the backbone's weights differ")
+        for name, item in here.items():
+            _read_into(item, saved, weights + name)
+        rows = list(self._backbone.rows.values())
+        found: dict[str, Tensor] = {}
+        for name in (name.removeprefix(moments) for name in saved.names if name.startswith(moments)):
+            own = rows[int(name.partition(".")[0])]
+            cut = (own.start, own.start + len(own.tensor)) if saved.shape(moments + name) else ()
+            found[name] = saved.read(moments + name, *cut)
+        _load(self._of_backbone, _by_number(found))
 
     def _restore_centres(self, saved: Saved, scalars: dict[str, Any]) -> None:
         self._restore_head(saved)
@@ -148,6 +182,17 @@ class RunState:
         torch.set_rng_state(saved.read("random.cpu", rank, rank + 1)[0])
         if self._ranks.device.type == "cuda" and "random.cuda" in saved.names:  # else it was written on CPUs
             torch.cuda.set_rng_state(saved.read("random.cuda", rank, rank + 1)[0], self._ranks.device)
+
+
+@torch.no_grad()
+def _read_into(item: Rows | Tensor, saved: Saved, name: str) -> None:
+    """Raises RuntimeError where it is of another shape."""
+    if (shape := saved.shape(name)) != tuple(item.shape):
+        raise RuntimeError(f"{name} is of shape {shape}")
+    if isinstance(item, Rows):
+        item.tensor.copy_(saved.read(name, item.start, item.start + len(item.tensor)))
+    else:
+        item.copy_(saved.read(name))
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -31,6 +31,7 @@ from partial_fc.collectives import GatheredBatch
 from partial_fc.head import PartialFCHead
 from training.loss_scale import LossScale
 from training.optim import set_learning_rate
+from training.sharded import ShardedBackbone
 from training.showing.timing import Stopwatch
 from training.undo import Undo
 
@@ -69,7 +70,7 @@ class TrainStep:
     def __init__(
         self,
         *,
-        backbone: DistributedDataParallel,
+        backbone: DistributedDataParallel | ShardedBackbone,
         head: PartialFCHead,
         service: ClusterService | None,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
@@ -97,8 +98,8 @@ class TrainStep:
         """Optimizer step number `step` on `batches`, one for each round of accumulation.
 
         Collectives, for each micro-batch: one all-gather, one all-reduce (one more for curricularface, two more with
-        clusters), one reduce-scatter (with a bf16 wire an all-to-all); once: DDP's gradient buckets, and what the
-        cluster service's slice of work needs.
+        clusters), one reduce-scatter (with a bf16 wire an all-to-all); the backbone's, and one all-reduce of norms
+        where it is sharded (`training.traffic` counts them); and what the cluster service's slice of work needs.
         """
         set_learning_rate(self.optimizers, lr)
         for optimizer in self.optimizers:
@@ -144,6 +145,8 @@ class TrainStep:
         if self.loss_scale is not None:
             self.loss_scale.unscale_(gradients)
         norms_P = torch.stack(torch._foreach_norm(gradients))
+        if isinstance(self.backbone, ShardedBackbone):
+            norms_P = self.backbone.norms(norms_P)
         norm = torch.linalg.vector_norm(norms_P)
         limit = self.config.optim.clip_norm or float("inf")
         torch.nn.utils.clip_grads_with_norm_(self.backbone.parameters(), limit, norm)

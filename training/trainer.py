@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 
-from backbones import build_backbone
-from configs.schema import ConfigError, RunConfig
+from configs.schema import RunConfig
 from data.loading.batch import Batch
 from partial_fc.head import PartialFCHead
-from training.building import loader_of, service_of
+from training.building import loader_of, new_backbone, on_all_ranks, service_of, weights_of, whole
 from training.checkpoint import Saved
 from training.checkpointing import RunCheckpoints
 from training.checks import make_writable, steps_of
-from training.distributed import Ranks, data_parallel, is_restart
+from training.distributed import Ranks, is_restart
 from training.errors import TrainingError
 from training.guard import Guard, RollBack
 from training.optim import build_optimizers, learning_rate
@@ -27,6 +26,7 @@ from training.ranks.agreement import facts_of, open_same_records
 from training.ranks.monitor import CLOSING
 from training.results import introduce, write_results
 from training.run_state import RunState
+from training.sharded import ShardedBackbone
 from training.showing.board import Board
 from training.showing.flops import Work
 from training.showing.layout import layout
@@ -58,13 +58,10 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * train.epochs
         self.global_batch = self.batch_size * self.accumulation * ranks.world_size
         torch.manual_seed(train.seed)  # the same weights on all ranks
-        try:
-            model = config.model
-            backbone = build_backbone(model.backbone, embedding_size=model.embedding_size, recompute=model.recompute)
-        except ValueError as error:
-            raise ConfigError(f"model.backbone: {error}") from None
+        backbone = new_backbone(config.model)
+        self.work = Work.of(backbone, config, num_classes=self.records.num_classes, device=ranks.device)
         torch.manual_seed(train.seed + 1 + ranks.rank)  # dropout and the like differ
-        self.backbone = data_parallel(backbone.to(ranks.device), ranks, compiled=model.compile)
+        self.backbone = on_all_ranks(backbone, config.model, ranks)
         bf16_products = train.precision == "bf16" and ranks.device.type == "cuda"  # CPUs would only emulate them
         self.product_dtype = torch.bfloat16 if bf16_products else torch.float32
         self.head = PartialFCHead(
@@ -92,7 +89,7 @@ class Trainer:
         )
         self.verification = Verification(config, self.records, ranks)
         state = RunState(
-            backbone=self.backbone.module,
+            backbone=self.backbone if isinstance(self.backbone, ShardedBackbone) else self.backbone.module,
             head=self.head,
             optimizers=self.optimizers,
             service=self.service,
@@ -104,7 +101,6 @@ class Trainer:
         )
         self.step, self._evaluated, self._checked, self._advised = 0, -1, -1, False
         self.meter = Meter(ranks)
-        self.work = Work.of(self.backbone.module, config, num_classes=self.records.num_classes, device=ranks.device)
         cuda, rates = ranks.device.type == "cuda", self.work.rates(0)
         self.layout = layout(config, ranks=ranks.world_size, cuda=cuda, rates=rates)
         trained = [name for name, p in self.backbone.module.named_parameters() if p.requires_grad]
@@ -150,7 +146,7 @@ class Trainer:
     def _check_weights(self) -> None:
         """Raises RollBack, on all ranks, when they are not finite. One all-reduce, once after a step."""
         if self._checked != self.step:
-            self.guard.check_weights(self.backbone.module, self.head)
+            self.guard.check_weights(self.backbone, self.head)
             self._checked = self.step
 
     def _save(self, *, last: bool = False) -> None:
@@ -289,8 +285,8 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self.ranks.monitor.at(self.step, "evaluation")
-        with self.meter.pause():
-            score = self.verification.run(self.backbone.module, self.step, self.log, self.output, self._stop)
+        with self.meter.pause(), whole(self.backbone) as backbone:
+            score = self.verification.run(backbone, self.step, self.log, self.output, self._stop)
             self.checkpoints.rate(self.step, score, self.log)
         self._evaluated = self.step
 
@@ -323,9 +319,11 @@ class Trainer:
     def _finish(self) -> None:
         self._evaluate()
         hardest = None if self.service is None else self.service.easiest_and_hardest(5)
+        weights = weights_of(self.backbone)
         if self.ranks.is_main:
-            write_results(self.output, self.backbone.module, hardest)
-        self.board.finish(self.backbone.module, self.step, self.log)
+            write_results(self.output, weights, hardest)
+        with whole(self.backbone) as backbone:
+            self.board.finish(backbone, self.step, self.log)
         self.ranks.monitor.at(self.step, CLOSING)
         self.verification.show(within=_LAST_PICTURES_S)
         self.log.say(f"done: weights in {self.output / 'backbone.pt'}, logs in {self.output / 'tensorboard'}")

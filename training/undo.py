@@ -12,8 +12,8 @@ class Undo:
     """Buffers of some modules (BatchNorm's statistics, AdaFace's, CurricularFace's) as they were before a step.
 
     The buffers become views of one tensor for each dtype, so that `save` and `restore` are a launch each for a dtype,
-    however many there are. Names, shapes and values stay; state_dict, load_state_dict (which copies in place) and DDP's
-    broadcast work as before. Build it once the modules are on their device, and leave their buffers' tensors alone.
+    however many there are. Names, shapes and values stay; state_dict and load_state_dict (which copies in place) work
+    as before. Build it once the modules are on their device, and leave their buffers' tensors alone.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:

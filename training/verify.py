@@ -126,7 +126,7 @@ class Verification:
 
 
 def share_statistics(backbone: torch.nn.Module, group: dist.ProcessGroup) -> None:
-    """Give all ranks rank 0's floating-point buffers, as DDP does only before its next training step.
+    """Give all ranks rank 0's floating-point buffers, which differ while they train.
 
     One broadcast. Evaluation and the saved weights then are those of one network, whatever the number of ranks.
     """

@@ -37,8 +37,8 @@ def embed_images(
     """Sum of the embeddings of each image and of its mirror image, float32 (N, D), on the backbone's device.
 
     With a group, rank r embeds the images of `shard_of(r, W, N)` and one all-gather gives all of them to every rank.
-    All ranks must pass the same images, and hold the same weights and BatchNorm statistics, which DDP makes equal only
-    at the next training step: broadcast the buffers before. Runs in evaluation mode without gradients and restores
+    All ranks must pass the same images, and hold the same weights and BatchNorm statistics, which differ between ranks
+    while they train: broadcast the buffers before. Runs in evaluation mode without gradients and restores
     every module's mode. each: called before each batch, as often on every rank; it may raise, on all ranks alike, to
     end the work. For bf16, call it under autocast. Mirror images are a batch of their own.
 

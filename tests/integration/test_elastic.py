@@ -48,7 +48,7 @@ def _trainer(group: dist.ProcessGroup, data: Path, output: Path, stop: int) -> T
         "train.global_batch": GLOBAL, "train.log_steps": 4, "data.threads": 1, "data.backend": "cpu",
         "data.path": data, "train.output": output, "train.stop_after_steps": stop % STEPS,
     }  # fmt: skip
-    with mock.patch("training.trainer.build_backbone", _toy):
+    with mock.patch("training.building.build_backbone", _toy):
         config = load_config(None, [f"{name}={value}" for name, value in settings.items()])
         return Trainer(config, ranks_of(group))
 

@@ -126,6 +126,13 @@ def test_training_in_a_wrong_environment(
     assert said in line
 
 
+def test_one_rank_needs_nothing_of_its_launcher(program: Program, command: Callable[..., list[str]]) -> None:
+    """Torchrun's store, which may be gone by the time of the last checkpoint: here nobody listens at its address."""
+    torchrun = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    done = program(command(1, "train.stop_after_steps=1"), RANK="0", WORLD_SIZE="1", **torchrun)
+    assert done.returncode == 0, done.stderr
+
+
 def test_help() -> None:
     done = call("-m", "training", "--help")
     assert done.returncode == 0
