@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from data.commands.arguments import Parser
-from training.commands import checkpoint, doctor, insightface, start
+from training.commands import checkpoint, doctor, insightface, plan, start
 from training.errors import USER_ERRORS
 
-_COMMANDS = (doctor, checkpoint, start, insightface)
+_COMMANDS = (plan, doctor, checkpoint, start, insightface)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -117,7 +117,7 @@ def test_mfu_is_the_share_of_the_peak() -> None:
         ("NVIDIA A10G", None, None, None),
         ("NVIDIA GH200 480GB", None, None, None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None, None, None),
-        ("NVIDIA GeForce RTX 4090", None, None, None),
+        ("NVIDIA GeForce RTX 4090", 165.2, 165.2, 82.6),
         ("", None, None, None),
     ],
 )

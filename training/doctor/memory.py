@@ -1,10 +1,10 @@
 """Bytes of a run, counted from its settings: what lies on each rank's device, on the host, and in a checkpoint.
 
-Counted is what has a known size. Activations of the backbone, workspaces of libraries and what an allocator leaves
-unused are not. Shards are of unequal size by one class; the rank with the most samples is counted.
+Counted is what has a known size (`training.plan.state`). Activations of the backbone, workspaces of libraries and what
+an allocator leaves unused are not: `python -m training plan` plans those as well. Shards are of unequal size by one
+class; the rank with the most samples is counted.
 
-Legend: C classes, R classes of the rank, K clusters, S clusters of the rank, P samples of the rank, N of the set,
-D embedding size.
+Legend: D embedding size.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import torch
-
-from backbones import IMAGE_SIZE, build_backbone
-from configs.schema import ConfigError, RunConfig
-from data.rec.layout import Labels
-from sharding import all_shards
+from backbones import IMAGE_SIZE
+from configs.schema import RunConfig
 from training.doctor.finding import Finding, size_text
+from training.plan import state
+from training.plan.state import Sizes, sizes_of
+
+__all__ = ["Plan", "Row", "Sizes", "device_memory", "host_memory", "plan", "sizes_of"]
 
 Place = Literal["device", "host"]
 _PIXELS = IMAGE_SIZE[0] * IMAGE_SIZE[1] * 3
@@ -54,85 +53,32 @@ class Plan:
         return sum(row.bytes for row in self.rows if row.place == place)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
-    """What the settings do not say."""
-
-    classes: int
-    samples: int
-    ranks: int
-    own_classes: int
-    own_samples: int
-    """Of the rank that has most."""
-
-
-def sizes_of(labels: Labels, classes: int, ranks: int) -> Sizes:
-    """labels: int64, the class of each sample of the set."""
-    before = np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=classes))])
-    shards = all_shards(ranks, classes)
-    most = max(int(before[shard.stop] - before[shard.start]) for shard in shards)
-    return Sizes(classes=classes, samples=len(labels), ranks=ranks, own_classes=shards[0].size, own_samples=most)
-
-
 def plan(config: RunConfig, sizes: Sizes, *, cuda: bool) -> Plan:
     """All rows. cuda: whether ranks train on GPUs. Raises ConfigError for a backbone that is not known."""
-    parameters, buffers = _counts(config)
-    backbone, optimizer = 4 * parameters + buffers, 4 * parameters * _moments(config)
+    net = state.backbone_of(config)
     rows = [
-        Row(name="backbone: weights and statistics", bytes=backbone),
-        Row(name="backbone: gradients", bytes=4 * parameters),
-        Row(name="backbone: optimizer", bytes=optimizer),
+        Row(name="backbone: weights and statistics", bytes=4 * net.parameters + net.buffers),
+        Row(name="backbone: gradients", bytes=4 * net.parameters),
+        Row(name="backbone: optimizer", bytes=4 * net.parameters * state.backbone_moments(config)),
     ]
     if config.train.precision != "fp32":
         name = f"backbone: weights in {config.train.precision}"
-        rows.append(Row(name=name, bytes=2 * parameters, at_a_time=True))
-    centres, moments = _centres(config, sizes.own_classes)
+        rows.append(Row(name=name, bytes=2 * net.parameters, at_a_time=True))
+    centres, moments = state.centre_bytes(config, sizes.own_classes)
     rows += [
         Row(name="class centres", bytes=centres),
         Row(name="class centres: optimizer", bytes=moments),
         *_head(config, sizes, cuda=cuda),
     ]
-    saved = backbone + optimizer + sum(_centres(config, sizes.classes))
-    copied = backbone + optimizer + centres + moments
     if config.clustering.enabled:
         rows += _clusters(config, sizes)
-        saved += _saved_clusters(config, sizes, sizes.classes, sizes.samples)
-        copied += _saved_clusters(config, sizes, sizes.own_classes, sizes.own_samples)
+    saved, copied = state.checkpoint_bytes(config, sizes)
     rows.append(Row(name="copy of the rank's part of a checkpoint, kept", bytes=copied, place="host"))
     batch_size, _ = config.train.share(sizes.ranks)
     images = (config.data.prefetch + 2) * batch_size * (_PIXELS + 16)
     rows.append(Row(name="images decoded ahead", bytes=images, place="host"))
     rows.append(Row(name="classes of all samples", bytes=8 * sizes.samples, place="host"))
     return Plan(rows=tuple(rows), checkpoint=saved)
-
-
-def _counts(config: RunConfig) -> tuple[int, int]:
-    """Parameters of the backbone, and bytes of its buffers. No memory is taken for them."""
-    try:
-        with torch.device("meta"):
-            backbone = build_backbone(config.model.backbone, embedding_size=config.model.embedding_size)
-    except ValueError as error:
-        raise ConfigError(f"model.backbone: {error}") from None
-    return (
-        sum(p.numel() for p in backbone.parameters()),
-        sum(buffer.numel() * buffer.element_size() for buffer in backbone.buffers()),
-    )
-
-
-def _moments(config: RunConfig) -> int:
-    """State tensors of the backbone's optimizer."""
-    if config.optim.name == "adamw":
-        return 2
-    return int(config.optim.momentum > 0)
-
-
-def _centres(config: RunConfig, classes: int) -> tuple[int, int]:
-    """Bytes of class centres and of their optimizer's state."""
-    rows = classes * config.head.subcentres
-    one = rows * config.model.embedding_size * (2 if config.head.centre_dtype == "bf16" else 4)
-    if config.optim.name == "adamw":
-        return one, 2 * one + 4 * rows
-    return one, one + (4 * rows if config.head.missed_steps == "catch_up" else 0)
 
 
 def _head(config: RunConfig, sizes: Sizes, *, cuda: bool) -> list[Row]:
@@ -153,34 +99,13 @@ def _head(config: RunConfig, sizes: Sizes, *, cuda: bool) -> list[Row]:
 
 def _clusters(config: RunConfig, sizes: Sizes) -> list[Row]:
     """The cluster service: bank, the version in use, and a refresh beside it that ends in the next version."""
-    D, R, P, N, C = (
-        config.model.embedding_size, sizes.own_classes, sizes.own_samples, sizes.samples, sizes.classes
-    )  # fmt: skip
-    K = config.clustering.num_clusters(C)
-    S = -(-K // sizes.ranks)
-    version = 4 * D * (S + R) + 4 * N + 20 * K + 28 * R + 4 * C * config.clustering.hard_negatives
-    shown = 4 * D * S if sizes.ranks > 1 else 0
-    run = 4 * D * S + shown + 8 * D * S + 8 * K + 18 * P
-    publication = 4 * D * 2 * R + 4 * N + 8 * K + 64 * R
     return [
-        Row(name="embedding bank", bytes=(2 * D + 1) * (P + 1) + 16 * P + 4 * N),
-        Row(name="clusters in use", bytes=version),
-        Row(name="refresh: copy of the bank", bytes=(2 * D + 1) * P, at_a_time=True),
-        Row(name="refresh: k-means", bytes=run, at_a_time=True),
-        Row(name="refresh: the next version", bytes=publication + version, at_a_time=True),
+        Row(name="embedding bank", bytes=state.bank_bytes(config, sizes)),
+        Row(name="clusters in use", bytes=state.version_bytes(config, sizes)),
+        Row(name="refresh: copy of the bank", bytes=state.snapshot_bytes(config, sizes), at_a_time=True),
+        Row(name="refresh: k-means", bytes=state.kmeans_bytes(config, sizes), at_a_time=True),
+        Row(name="refresh: the next version", bytes=state.publication_bytes(config, sizes), at_a_time=True),
     ]
-
-
-def _saved_clusters(config: RunConfig, sizes: Sizes, classes: int, samples: int) -> int:
-    """Bytes of the cluster service in a checkpoint, with a refresh under way, of so many classes and samples."""
-    D, C = config.model.embedding_size, sizes.classes
-    K = config.clustering.num_clusters(C)
-    clusters = -(-K * classes // C)
-    bank = (2 * D + 1) * samples
-    version = 4 * D * (clusters + classes) + 28 * classes
-    whole = 4 * sizes.samples + 20 * K + 4 * C * config.clustering.hard_negatives
-    refresh = 2 * D * samples + 18 * samples + 4 * D * clusters
-    return bank + version + whole + refresh
 
 
 def device_memory(found: Plan, free: Sequence[int]) -> Finding:

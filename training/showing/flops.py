@@ -23,33 +23,41 @@ _PASSES = 3
 """Forward, gradient of the input, gradient of the weight."""
 
 
-class _Peak(NamedTuple):
+class Peak(NamedTuple):
     """Dense TFLOPS: half precision in tensor cores with sums in float32; float32 outside them, as runs of fp32 do."""
 
     half: float
     single: float
+    memory: float
+    """GiB."""
+    bandwidth: float
+    """GB a second of that memory."""
     bf16: bool = True
 
 
-_PEAKS = {
-    "H200": _Peak(989, 67),
-    "H100 NVL": _Peak(835, 60),
-    "H100 PCIe": _Peak(756, 51),
-    "H100": _Peak(989, 67),
-    "A100": _Peak(312, 19.5),
-    "A10": _Peak(125, 31.2),
-    "L40S": _Peak(362, 91.6),
-    "L40": _Peak(181, 90.5),
-    "L4": _Peak(121, 30.3),
-    "V100-SXM2": _Peak(125, 15.7, bf16=False),
-    "V100-PCIE": _Peak(112, 14, bf16=False),
-    "T4": _Peak(65, 8.1, bf16=False),
+PEAKS = {
+    "H200": Peak(989, 67, 141, 4800),
+    "H100 NVL": Peak(835, 60, 94, 3900),
+    "H100 PCIe": Peak(756, 51, 80, 2000),
+    "H100": Peak(989, 67, 80, 3350),
+    "A100 80GB": Peak(312, 19.5, 80, 2039),
+    "A100": Peak(312, 19.5, 40, 1555),
+    "A10": Peak(125, 31.2, 24, 600),
+    "L40S": Peak(362, 91.6, 48, 864),
+    "L40": Peak(181, 90.5, 48, 864),
+    "L4": Peak(121, 30.3, 24, 300),
+    "RTX 4090": Peak(165.2, 82.6, 24, 1008),
+    "V100-SXM2-32GB": Peak(125, 15.7, 32, 900, bf16=False),
+    "V100-SXM2": Peak(125, 15.7, 16, 900, bf16=False),
+    "V100-PCIE": Peak(112, 14, 16, 900, bf16=False),
+    "T4": Peak(65, 8.1, 16, 320, bf16=False),
 }
 """By a part of the name that torch gives; the first that fits counts.
 
 From NVIDIA's pages and data sheets (https://www.nvidia.com/en-us/data-center/ h200, h100, a100, l40s, l4, tesla-t4; A10
-and L40 data sheets; volta-v100-datasheet-update-us-1165301-r5.pdf). Where they give figures for 2:4 sparsity, these are
-half of them: what dense products can reach.
+and L40 data sheets; volta-v100-datasheet-update-us-1165301-r5.pdf; "NVIDIA Ada GPU architecture", version 2.01, for the
+RTX 4090). Where they give figures for 2:4 sparsity, these are half of them: what dense products can reach. Memory and
+its bandwidth are for `training.plan`.
 """
 _SLICE = "MIG"
 """In the name of a part of a GPU, of whose peak nothing is known."""
@@ -60,7 +68,7 @@ def peak_tflops(gpu: str, precision: str) -> float | None:
     words = gpu.replace("-", " ").split()
     if _SLICE in words:
         return None
-    for name, peak in _PEAKS.items():
+    for name, peak in PEAKS.items():
         if all(part in words for part in name.replace("-", " ").split()):
             if precision == "bf16" and not peak.bf16:
                 return None
