@@ -41,6 +41,8 @@ class Ranks:
     """Torchrun's, where `store` is another: it outlives every rank, but not torchrun."""
     host_ranks: int = 0
     """Ranks of this host, which follow each other; 0: all are on one."""
+    more_groups: list[dist.ProcessGroup] = field(default_factory=list)
+    """Those that were made of some ranks."""
 
     @property
     def is_main(self) -> bool:
@@ -55,7 +57,8 @@ class Ranks:
         self.monitor.at(step, "training")
         self.monitor.steps += 1
         if self.monitor.steps == 2 and self.world_size > 1:
-            dist.distributed_c10d._set_pg_timeout(_patience(self.timeout, self.device), self.group)
+            for group in (self.group, *self.more_groups):
+                dist.distributed_c10d._set_pg_timeout(_patience(self.timeout, self.device), group)
 
     def first_to_say(self, message: str) -> bool:
         """True on the first rank that asks about this message: an error that all ranks meet is printed once."""
@@ -273,4 +276,5 @@ def host_groups(ranks: Ranks, inside: int) -> tuple[dist.ProcessGroup, dist.Proc
             group = dist.new_group(block, timeout=patience)
             mine = group if dist.get_rank() in block else mine
         found.append(mine)
+    ranks.more_groups.extend(found)
     return found[0], found[1]

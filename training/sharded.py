@@ -47,12 +47,13 @@ class ShardedBackbone:
         mesh = _mesh(ranks, inside)
         self._units: list[tuple[FSDPModule, bool]] = []
         """Each with whether it is kept."""
-        for unit in units_of(backbone):
-            cut = fully_shard(unit.module, mesh=mesh, reshard_after_forward=not unit.kept)
-            cut.set_gradient_divide_factor(1.0)
-            cut.set_force_sum_reduction_for_comms(True)  # or NCCL would be given a product with that factor
-            self._units.append((cut, unit.kept))
+        units = units_of(backbone)
         try:
+            for unit in units:
+                cut = fully_shard(unit.module, mesh=mesh, reshard_after_forward=not unit.kept)
+                cut.set_gradient_divide_factor(1.0)
+                cut.set_force_sum_reduction_for_comms(True)  # or NCCL would be given a product with that factor
+                self._units.append((cut, unit.kept))
             pass_two_images(self, backbone, ranks.device)
         except Exception as error:  # a stranger's network may use weights of modules that it does not call
             if isinstance(error, torch.OutOfMemoryError) or says_a_rank_is_lost(error):

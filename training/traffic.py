@@ -15,9 +15,11 @@ from typing import Literal, NamedTuple
 from torch import nn
 
 from backbones import Backbone
-from configs.schema import RunConfig
+from configs.schema import ConfigError, RunConfig
 from training.sharded_units import shard_ranks, units_of
 
+OVER_HOSTS = "gradients over hosts"
+"""What a rank sends those of the same place on other hosts: all ranks of a host do so at once, over one link."""
 Kind = Literal["all_gather", "all_reduce", "reduce_scatter", "all_to_all"]
 
 _FLOAT = 4
@@ -110,11 +112,16 @@ def _sharded(backbone: Backbone, inside: int, hosts: int, accumulation: int) -> 
         "gradients of the backbone", "reduce_scatter", accumulation * scattered, accumulation * scatters, inside
     )
     if hosts > 1:
-        yield Collective("gradients over hosts", "all_reduce", scattered // inside, scatters, hosts)
+        yield Collective(OVER_HOSTS, "all_reduce", scattered // inside, scatters, hosts)
     trained = sum(p.requires_grad for p in backbone.parameters())
     yield Collective("squares of the gradients", "all_reduce", 8 * trained, 1, ranks)
 
 
 def _padded(parameters: Sequence[nn.Parameter], ranks: int) -> int:
-    """Bytes of float32 parameters, the rows of each filled up to a multiple of the ranks."""
+    """Bytes of float32 parameters, the rows of each filled up to a multiple of the ranks. Raises ConfigError."""
+    if not all(p.dim() for p in parameters):
+        raise ConfigError(
+            "model.shard: expected a backbone whose weights have rows, got one that is a single number: use --set "
+            "model.shard=none"
+        )
     return _FLOAT * sum(-(-len(p) // ranks) * ranks * math.prod(p.shape[1:]) for p in parameters)

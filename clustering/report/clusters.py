@@ -73,7 +73,6 @@ def cluster(
             points=points,
             centres_SD=centres_KD,
             num_clusters=K,
-            num_classes=C,
             iterations=1,
             block=config.block,
             gate=lambda index_P: (index_P >= 0) & ~suspects(index_P),

@@ -6,7 +6,7 @@ Points lie with the owner of their class, centres are sharded by cluster. What i
 - assign: for each rank r its centres are broadcast once, and every rank compares its own points with them, `block`
   points a slice, keeping the best so far; near ones are decided in float64 (`clustering.nearest.nearest`). Ranks
   without points left do nothing, yet every rank counts the same slices;
-- seed: gate, counts and seeds, one slice;
+- seed: gate, counts and seeds (`clustering.service.seeds`), one slice;
 - mean: for each rank r partial sums, a range of points a slice, are reduced to r with the last.
 
 Sums are exact (`clustering.service.shards`), so neither assignments nor centres depend on the number of ranks. Points
@@ -14,7 +14,7 @@ that are not seen when a run begins take no part in it. Buffers that collectives
 guard, a rank on which something failed goes on as one without points.
 
 Legend: P points of this rank, b points of a block, S centres of a shard, s of them that exist, D embedding size,
-K clusters, C classes.
+K clusters.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clustering.kmeans import FIT_LEVELS, WELL_FITTED, Gate, fit_level
+from clustering.kmeans import Gate
 from clustering.nearest.choice import runs_kernel
 from clustering.nearest.nearest import Nearest, nearest_
+from clustering.service import seeds
 from clustering.service.bank import Points
 from clustering.service.guard import Guard, T
 from clustering.service.schedule import points_at_once
@@ -58,7 +59,6 @@ class KMeansRun:
         points: Points,
         centres_SD: Tensor | None,
         num_clusters: int,
-        num_classes: int,
         iterations: int,
         block: int,
         gate: Gate | None,
@@ -76,7 +76,6 @@ class KMeansRun:
         """
         self.points, self.gate, self.group = points, gate, group
         self._guard, self._attempt = guard, _plainly if guard is None else guard.run
-        self.num_classes = num_classes
         self.rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         self.shards = all_shards(world_size, num_clusters)
         P, D = points.x_PD.shape
@@ -98,6 +97,7 @@ class KMeansRun:
         self._shown_XD = torch.empty(largest if world_size > 1 else 0, D, dtype=self.dtype, device=device)
         self._sums_XD = torch.zeros(largest, D, dtype=torch.int64, device=device)
         self._count_K = torch.zeros(num_clusters, dtype=torch.int64, device=device)
+        self._order = seeds.Order(group, device)
         # Neither is saved in a checkpoint: a resumed run shows the same rows and adds up the same points again.
         self._shown: tuple[int, Tensor] | None = None
         self._summed = (0, 0)
@@ -139,8 +139,9 @@ class KMeansRun:
     def advance(self) -> bool:
         """Do the next slice; False when none is left afterwards.
 
-        Collectives: assign, one broadcast when its rank's centres are first needed; seed, two all-reduces and
-        those of the gate; mean, one reduce with its last part.
+        Collectives: assign, one broadcast when its rank's centres are first needed; seed, those of the gate and one
+        all-reduce, with empty clusters also those of `clustering.service.seeds.Order.exchange_`; mean, one reduce with
+        its last part.
         """
         if self._guard is not None and self._guard.failure and not self._withdrawn:
             self._withdraw()
@@ -211,51 +212,29 @@ class KMeansRun:
             self.counted_P = self.gate(self.index_P)
         counts_K = self._count_K.zero_()
         self._attempt("seed", lambda: self._count_(counts_K), None)
-        empty_E = (all_reduce_(counts_K, self.group) == 0).nonzero()[:, 0]
-        nobody_Q = self.index_P[:0]
-        point_Q, level_Q = self._attempt("seed", self._worst_of_each_class, (nobody_Q, nobody_Q))
-        rank_Q = self._rank_among_all(level_Q, self.points.class_P[point_Q], len(empty_E))
-        planted_Q = rank_Q < len(empty_E)
-        self.seed_point_Q = point_Q[planted_Q]
-        self.seed_cluster_Q = empty_E[rank_Q[planted_Q]]
+        wanted = seeds.empty_clusters(all_reduce_(counts_K, self.group))
+        self.seed_point_Q = self.seed_cluster_Q = nobody_Q = self.index_P[:0]
+        if wanted:
+            self._order.clear_()
+            point_Q, level_Q = self._attempt("seed", self._candidates, (nobody_Q, nobody_Q))
+            self._order.exchange_()
+            seeded = self._attempt("seed", lambda: self._planted(point_Q, level_Q, wanted), (nobody_Q, nobody_Q))
+            self.seed_point_Q, self.seed_cluster_Q = seeded
+
+    def _candidates(self) -> tuple[Tensor, Tensor]:
+        """This rank's, counted: points and levels."""
+        point_Q, level_Q = seeds.worst_of_each_class(self.best_P, self.counted_P, self.points.class_P)
+        self._order.count_(level_Q)
+        return point_Q, level_Q
+
+    def _planted(self, point_Q: Tensor, level_Q: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+        """Those of this rank's candidates that seed one of the `wanted` empty clusters, and which."""
+        place_Q = self._order.places(level_Q)
+        chosen_Q = place_Q < wanted
+        return point_Q[chosen_Q], seeds.nth_empty(self._count_K, place_Q[chosen_Q])
 
     def _count_(self, counts_K: Tensor) -> None:
         counts_K.copy_(torch.bincount(self.index_P[self.counted_P], minlength=self.num_clusters))
-
-    def _worst_of_each_class(self) -> tuple[Tensor, Tensor]:
-        """Of each class here, the counted point of lowest fit, the first of equals, if any needs a seed: and its fit.
-
-        Points ascend by class.
-        """
-        level_P = fit_level(self.best_P)
-        point_R = (self.counted_P & (level_P < WELL_FITTED)).nonzero()[:, 0]
-        by_fit_R = point_R[level_P[point_R].argsort(stable=True)]
-        sorted_R = by_fit_R[self.points.class_P[by_fit_R].argsort(stable=True)]
-        class_R = self.points.class_P[sorted_R]
-        first_R = torch.ones_like(class_R, dtype=torch.bool)
-        first_R[1:] = class_R[1:] != class_R[:-1]
-        point_Q = sorted_R[first_R]
-        return point_Q, level_P[point_Q]
-
-    def _rank_among_all(self, level_Q: Tensor, class_Q: Tensor, wanted: int) -> Tensor:
-        """Place of each candidate in the order (fit, class) over all ranks, `wanted` if beyond. One all-reduce.
-
-        class_Q ascends. int64 (Q,).
-        """
-        if wanted == 0:
-            return torch.zeros_like(class_Q)
-        chosen = level_Q.argsort(stable=True)[:wanted]  # a rank's candidates beyond the first `wanted` are never taken
-        # An all-gather written as a sum: every rank fills its own row, the others hold zeros there. Levels are
-        # shifted above 0, the mark of an empty place.
-        table = level_Q.new_zeros(len(self.shards), min(wanted, self.num_classes), 2)
-        table[self.rank, : len(chosen), 0] = level_Q[chosen] + FIT_LEVELS + 1
-        table[self.rank, : len(chosen), 1] = class_Q[chosen]
-        flat = all_reduce_(table, self.group).view(-1, 2)
-        flat = flat[flat[:, 0] > 0]
-        flat = flat[flat[:, 0].argsort(stable=True)]  # rows come by rank, hence by class: ties to the smaller class
-        place_C = level_Q.new_full((self.num_classes,), wanted)
-        place_C[flat[:, 1]] = torch.arange(len(flat), device=flat.device)
-        return place_C[class_Q]
 
     def _mean(self, rank: int, part: int) -> None:
         first = part if self._summed == (rank, part) else 0  # after resuming, or at the beginning

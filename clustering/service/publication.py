@@ -9,8 +9,8 @@ D embedding size, k neighbours of a class, Q non-zero entries of T.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,22 +85,24 @@ class Publication:
         )
         self._stages = self._plan()
 
-    def _plan(self) -> list[Callable[[], None]]:
-        """As many on every rank."""
+    def _plan(self) -> list[tuple[Any, ...]]:
+        """Methods and what they are given; as many on every rank. Not bound to this object: that would be a circle, and
+        all of the refresh would stay until Python looks for circles, beside the next one."""
         added = self._run.added
         parts = range(0, self._bank.largest, added)
         ranks = range(len(self._class_shards))
         rows = range(0, self._class_shards[0].size, self._run.block) if self._config.hard_negatives else ()
+        here = type(self)
         return [
-            self._count,
-            *(functools.partial(self._cohere, slice(start, start + added)) for start in parts),
-            self._levels_and_margins,
-            self._match,
-            self._code,
-            *(functools.partial(self._anchors, rank) for rank in ranks),
-            self._weights,
-            *(functools.partial(self._neighbours, rank, start) for rank in ranks for start in rows),
-            self._finish,
+            (here._count,),
+            *((here._cohere, slice(start, start + added)) for start in parts),
+            (here._levels_and_margins,),
+            (here._match,),
+            (here._code,),
+            *((here._anchors, rank) for rank in ranks),
+            (here._weights,),
+            *((here._neighbours, rank, start) for rank in ranks for start in rows),
+            (here._finish,),
         ]
 
     @property
@@ -110,7 +112,8 @@ class Publication:
 
     @torch.no_grad()
     def advance(self) -> None:
-        self._stages[self.done]()
+        stage, *given = self._stages[self.done]
+        stage(self, *given)
         self.done += 1
 
     def _counted(self) -> CountTable:

@@ -8,6 +8,8 @@ Legend: P samples of this rank's classes, S clusters of a shard, D embedding siz
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import Any
 
 import torch
@@ -58,14 +60,16 @@ class Refresh:
         self._num_classes, self._num_clusters, self._gap = num_classes, num_clusters, config.noise_gap
         self.points = bank.snapshot()
         self._nobody_P = torch.zeros_like(self.points.seen_P)
+        # A gate that held this refresh would close a circle: snapshot and k-means would then stay until Python looks
+        # for circles, beside those of the next refresh.
+        gate = functools.partial(type(self)._gate, weakref.proxy(self))
         self.run = KMeansRun(
             points=self.points,
             centres_SD=None if previous is None else previous.c_SD,
             num_clusters=num_clusters,
-            num_classes=num_classes,
             iterations=config.iterations,
             block=block or config.block,
-            gate=self._gate if config.noise_gate else None,
+            gate=gate if config.noise_gate else None,
             group=group,
             start_P=start_P,
             guard=self.guard,

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from sharding import Shard
 
+# As in `partial_fc.collectives`: older builds know the former name.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 FIXED_ONE = 2.0**40
 """1 in fixed point. Scaling by it is exact; a bf16 component from 2^-32 up is a whole number then."""
 
@@ -44,6 +47,15 @@ def sum_rows_(partial_SD: Tensor, to: int, group: dist.ProcessGroup) -> Tensor:
     if dist.get_world_size(group) > 1 and partial_SD.numel():
         dist.reduce(partial_SD, group=group, group_dst=to)
     return partial_SD
+
+
+def own_row_of_sum_(row_L: Tensor, table_WL: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the ranks of this rank's row of their tables, into `row_L`. One reduce-scatter.
+
+    table_WL: contiguous, a row for each of the W ranks; its numbers are lost.
+    """
+    _reduce_scatter(row_L, table_WL.view(-1), group=group)
+    return row_L
 
 
 def add_rows_(sums_SD: Tensor, row_Q: Tensor, x_PD: Tensor, point_Q: Tensor, *, block: int = 65536) -> Tensor:

@@ -34,7 +34,6 @@ def _new_run(group: dist.ProcessGroup, case: Case, start_KD: Tensor | None, gate
         points=bank.points(),
         centres_SD=None if start_KD is None else start_KD[own.start : own.stop],
         num_clusters=K,
-        num_classes=C,
         iterations=case.get("iterations", 3),
         block=case.get("block", 5),
         gate=functools.partial(_gate, bank, C, K, group) if gated else None,

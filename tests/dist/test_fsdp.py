@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from backbones.small import SmallNet
-from configs.schema import ConfigError, ModelConfig
+from configs.schema import ConfigError, ModelConfig, RunConfig
 from tests.dist.fsdp_cases import Blocks, Run, batches, network
 from tests.ranks import RankPool
 from training.building import weights_of, whole
 from training.sharded_units import shard_ranks, units_of
+from training.traffic import step_traffic
 from training.verify import share_statistics
 
 STEPS = 3
@@ -215,8 +216,8 @@ def test_units_are_blocks_and_large_layers_and_what_is_left() -> None:
         assert len(taken) == len(set(taken)) == len(list(net.parameters()))
 
 
-def _refused(group: dist.ProcessGroup) -> tuple[str, str, bool]:
-    """Hosts of unequal numbers of ranks, a backbone that reads a block's weights past it, and one rank."""
+def _refused(group: dist.ProcessGroup) -> tuple[str, str, str]:
+    """Hosts with unequal numbers of ranks, a backbone that reads past a block, and one with a number for a weight."""
     with pytest.raises(ConfigError) as uneven:
         Run(group, shard="host", host_ranks=3 if dist.get_rank(group) else 1)
 
@@ -229,11 +230,26 @@ def _refused(group: dist.ProcessGroup) -> tuple[str, str, bool]:
             Run(group, **ALL)
     finally:
         Blocks.body = body  # type: ignore[method-assign]
-    return str(uneven.value), str(astray.value), True
+    made = Blocks.__init__
+
+    def with_a_number(self: Blocks, *args: Any, **more: Any) -> None:
+        made(self, *args, **more)
+        self.gain = nn.Parameter(torch.tensor(1.0))
+
+    Blocks.__init__ = with_a_number  # type: ignore[method-assign]
+    try:
+        with pytest.raises(ConfigError) as scalar:
+            Run(group, **ALL)
+        with pytest.raises(ConfigError, match=r"^model\.shard: expected a backbone whose weights have rows"):
+            step_traffic(RunConfig(model=ModelConfig(shard="all")), network("blocks"), ranks=2)
+    finally:
+        Blocks.__init__ = made  # type: ignore[method-assign]
+    return str(uneven.value), str(astray.value), str(scalar.value)
 
 
 def test_what_cannot_be_cut_is_refused_in_a_line(ranks: RankPool) -> None:
-    for uneven, astray, _ in ranks.run(2, _refused):
+    for uneven, astray, scalar in ranks.run(2, _refused):
+        assert scalar.startswith("model.shard: expected a backbone whose blocks can be gathered one by one, got ")
         assert uneven.startswith("model.shard=host: expected as many ranks on every host")
         assert astray.startswith("model.shard: expected a backbone whose blocks can be gathered one by one, got ")
         assert "\n" not in astray

@@ -241,7 +241,7 @@ def test_a_service_holds_what_is_planned() -> None:
         assert refresh is not None
         run, publication = refresh.run, refresh._publication
         assert refresh.points.x_PD.nbytes + refresh.points.seen_P.nbytes == state.snapshot_bytes(config, sizes)
-        assert _held(run, {"points"}) == state.kmeans_bytes(config, sizes)
+        assert _held(run, {"points"}) + _held(run._order, set()) == state.kmeans_bytes(config, sizes)
         own = {"_run", "_bank", "_previous", "_config", "_group", "_guard"}
         found = _held(publication, own) + _held(publication._cohesion, {"_x_PD"}) + _held(publication._nearest, set())
         assert found == state.publication_bytes(config, sizes)

@@ -163,6 +163,19 @@ def test_ranks_split_centres_and_bank_but_not_the_checkpoint() -> None:
     assert _bytes(lower, "backbone: weights in bf16") * 2 == _bytes(lower, "backbone: gradients")
 
 
+def test_ranks_of_a_host_share_out_the_backbone() -> None:
+    labels = np.arange(2000) % 100
+    whole, cut = (
+        memory.plan(RunConfig(model=ModelConfig(shard=shard)), memory.sizes_of(labels, 100, 8, 4), cuda=False)
+        for shard in ("none", "host")
+    )
+    for name in ("backbone: gradients", "backbone: optimizer"):
+        assert _bytes(cut, name) == _bytes(whole, name) / 4
+    assert cut.checkpoint == whole.checkpoint
+    copied = "copy of the rank's part of a checkpoint, kept"
+    assert _bytes(whole, copied) - _bytes(cut, copied) > 0.7 * 2 * _bytes(whole, "backbone: gradients")
+
+
 def test_the_rank_with_most_samples_counts() -> None:
     labels = np.array([0] * 10 + [1] * 2 + [2] + [3])
     sizes = memory.sizes_of(labels, 4, 2)

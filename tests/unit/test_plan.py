@@ -16,6 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from backbones import IMAGE_SIZE, build_backbone, normalise_pixels
+from clustering.service.bank import Points
+from clustering.service.dist_kmeans import KMeansRun
 from clustering.service.service import ClusterService
 from configs.schema import ClusteringConfig, HeadConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from partial_fc.head import PartialFCHead
@@ -232,6 +234,9 @@ def test_a_refresh_takes_what_is_planned() -> None:
                     live.peak = live.now
                 service.advance(step)
                 step += 1
+                if service._refresh is None and service.version == 1:
+                    held = state.bank_bytes(config, sizes) + state.version_bytes(config, sizes)
+                    assert live.now < 1.05 * held, "a refresh stays when it is over"
     rows = [
         row for row in memory_of(config, sizes, CPU).rows if row.name.startswith(("embedding", "clusters", "refresh"))
     ]
@@ -251,6 +256,23 @@ def test_ranks_split_all_but_what_every_rank_holds() -> None:
     )
     huge = even_sizes(1_000_000_000, 2_000_000_000, 1024)
     rows = {row.name: row.bytes for row in memory_of(config, huge, device_of("H100")).rows}
-    assert (
-        rows["refresh: a slice, empty clusters seeded"] >= 16 * 1024 * 150_000_000
-    )  # each rank's row of seeds, of all the extra clusters
+    assert rows["refresh: a slice, hard levels"] >= 160 * 1_000_000_000  # numbers of all classes, on every rank
+
+
+@pytest.mark.parametrize(
+    ("samples", "classes", "clusters"), [(40_000, 9000, 30_000), (3000, 3000, 600_000), (90, 30, 40)]
+)
+def test_a_seeding_takes_what_is_planned(samples: int, classes: int, clusters: int) -> None:
+    """Every cluster is empty, and every class has a candidate."""
+    class_P = torch.arange(samples).mul_(classes).floor_divide_(samples)
+    seen_P = torch.ones(samples, dtype=torch.bool)
+    points = Points(x_PD=torch.zeros(samples, 2), class_P=class_P, sample_P=class_P, seen_P=seen_P, largest=samples)
+    with _one_rank() as group:
+        run = KMeansRun(
+            points=points, centres_SD=None, num_clusters=clusters, iterations=1, block=100, gate=None, group=group
+        )
+        run.best_P.zero_()
+        with Live() as live:
+            run._seed()
+    assert len(run.seed_point_Q) == min(classes, clusters - len(class_P.unique()))
+    assert memory._seeding(samples, classes, clusters) == pytest.approx(live.peak, rel=0.1)

@@ -22,7 +22,7 @@ from training.commands import plan as command
 from training.plan import machine, state
 from training.plan.advice import advise
 from training.plan.devices import NAMES, device_of
-from training.plan.links import BETWEEN, LAUNCH_S, SHARE
+from training.plan.links import BETWEEN, LAUNCH_S, SHARE, Link
 from training.plan.planner import Dataset, Scenario, collective_seconds, make_plan
 from training.plan.rates import cpu_rates
 from training.plan.traffic import Call, of_step
@@ -84,6 +84,7 @@ def test_what_travels_beside_other_work_is_hidden() -> None:
         (SMALL, "V100-16GB", 1, 4_000_000),
         (("model.backbone=small", "head.sample_rate=0.5", "train.precision=fp32"), "RTX-4090", 2, 9_000_000),
         (("model.backbone=small", "clustering.enabled=false"), "T4", 1, 18_000_000),  # no single change will do
+        (("model.backbone=small", "clustering.refresh_epochs=2", "train.global_batch=2048"), "H100", 8, 500_000),
     ],
 )
 def test_advice_keeps_its_word(settings: tuple[str, ...], gpu: str, ranks: int, classes: int) -> None:
@@ -94,14 +95,37 @@ def test_advice_keeps_its_word(settings: tuple[str, ...], gpu: str, ranks: int, 
     assert plan.fits == (gpu == "H100")
     found = advise(scenario, plan)
     assert any(one.plan.fits for one in found)
-    assert (" and " in found[-1].what) == (gpu == "T4")
+    assert (" --" in found[-1].what) == (gpu == "T4")
     for one in found:
-        changes = [text for word in one.what.split(" and ") for text in word.split(", ")]
-        typed = [text for text in changes if not text.startswith("--")]
-        count = next((int(text.split()[1]) for text in changes if text.startswith("--gpus")), ranks)
+        words = (one.what if one.what.startswith("--") else f"--set {one.what}").split()
+        pairs = list(zip(words[::2], words[1::2], strict=True))
+        assert {option for option, _ in pairs} <= {"--set", "--gpus"}
+        typed = [value for option, value in pairs if option == "--set"]
+        count = next((int(value) for option, value in pairs if option == "--gpus"), ranks)
         again = replace(scenario, config=load_config(None, ["data.threads=64", *settings, *typed]), ranks=count)
         same = make_plan(again)
         assert (one.ranks, one.plan.memory.peak, one.plan.step) == (count, same.memory.peak, pytest.approx(same.step))
+
+
+def test_a_host_has_as_many_ranks_as_it_can_where_gpus_are_added() -> None:
+    four = replace(_scenario("model.backbone=small", ranks=4), per_host=8)
+    eight = next(one.plan for one in advise(four, make_plan(four)) if one.what == "--gpus 8")
+    assert eight.step == make_plan(replace(_scenario("model.backbone=small", ranks=8), per_host=8)).step
+
+
+def test_hosts_send_as_much_when_each_shares_out_the_backbone() -> None:
+    """As many bytes cross a host's link, in as many rings as it has ranks, or in one."""
+
+    def slow(shard: str) -> float:
+        scenario = replace(
+            _scenario("model.backbone=small", f"model.shard={shard}", ranks=128),
+            per_host=8,
+            network=Link("slow", 1e6, 0.0),
+        )
+        kinds = ("all_reduce: gradients over hosts", "all_reduce: gradients of the backbone")
+        return sum(part.seconds + part.hidden for part in make_plan(scenario).parts if part.name in kinds)
+
+    assert slow("host") == pytest.approx(slow("none"), rel=0.1)
 
 
 def test_a_step_waits_for_the_slowest() -> None:
@@ -254,6 +278,7 @@ def test_a_cpu_is_measured_first(capsys: pytest.CaptureFixture[str], monkeypatch
         (("--identities", "1e6", "--gpu", "V100-32GB"), "no bf16 products: expected fp16"),
         (("--identities", "1e6", "--set", "train.device=cpu"), "use --gpu cpu"),
         (("--identities", "1e6", "--images", "10"), "--images"),
+        (("--images", "10"), "--images: expected --identities as well, got 10 alone"),
         (("--identities", "1e6", "--gpus", "3", "--set", "train.global_batch=1024"), "train.global_batch"),
         ((), "--identities"),
     ],

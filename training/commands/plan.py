@@ -93,17 +93,16 @@ def scenario_of(args: argparse.Namespace, console: Console) -> Scenario:
     config = load_config(args.config, [*short, *args.set])
     if config.train.device == "cpu" and device.cuda:
         raise ConfigError(f"train.device: expected auto or cuda with --gpu {device.name}, got cpu: use --gpu cpu")
-    per_host = min(args.per_host, args.gpus)
     network = link_of(args.network or device.network, BETWEEN, "--network")
     return Scenario(
         config=config,
         dataset=_dataset(args, config),
         ranks=args.gpus,
-        per_host=per_host,
+        per_host=args.per_host,
         device=device,
         network=network,
         cores=args.cores,
-        reference=None if device.cuda else _reference(config, per_host, console),
+        reference=None if device.cuda else _reference(config, min(args.per_host, args.gpus), console),
     )
 
 
@@ -113,6 +112,8 @@ def _dataset(args: argparse.Namespace, config: RunConfig) -> Dataset:
         if samples < args.identities:
             raise ConfigError(f"--images: expected one of each identity at least, got {samples} of {args.identities}")
         return Dataset(classes=args.identities, samples=samples, guessed=args.images is None)
+    if args.images is not None:
+        raise ConfigError(f"--images: expected --identities as well, got {args.images} alone: records say both")
     if not config.data.path:
         raise ConfigError(
             "--identities: expected how many, such as 29e6, or the records by --set data.path=…, got nothing"

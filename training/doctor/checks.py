@@ -75,7 +75,8 @@ class Doctor:
 
     def _make_plan(self) -> memory.Plan:
         records = self._records()
-        sizes = memory.sizes_of(records.labels, records.num_classes, self.ranks)
+        on_host = self.local_ranks if self._hosts > 1 else 0
+        sizes = memory.sizes_of(records.labels, records.num_classes, self.ranks, on_host)
         return memory.plan(self.config, sizes, cuda=self._on_gpus)
 
     def _is_open(self) -> bool:

@@ -1,8 +1,8 @@
 """Bytes of a run, counted from its settings: what lies on each rank's device, on the host, and in a checkpoint.
 
-Counted is what has a known size (`training.plan.state`). Activations of the backbone, workspaces of libraries and what
-an allocator leaves unused are not: `python -m training plan` plans those as well. Shards are of unequal size by one
-class; the rank with the most samples is counted.
+Counted is what has a known size (`training.plan.state`). Activations of the backbone, workspaces of libraries, what an
+allocator leaves unused and blocks that `model.shard` gathers are not: `python -m training plan` plans those as well.
+Shards are of unequal size by one class; the rank with the most samples is counted.
 
 Legend: D embedding size.
 """
@@ -56,10 +56,11 @@ class Plan:
 def plan(config: RunConfig, sizes: Sizes, *, cuda: bool) -> Plan:
     """All rows. cuda: whether ranks train on GPUs. Raises ConfigError for a backbone that is not known."""
     net = state.backbone_of(config)
+    own = -(-4 * net.parameters // state.copy_ranks(config, sizes))
     rows = [
-        Row(name="backbone: weights and statistics", bytes=4 * net.parameters + net.buffers),
-        Row(name="backbone: gradients", bytes=4 * net.parameters),
-        Row(name="backbone: optimizer", bytes=4 * net.parameters * state.backbone_moments(config)),
+        Row(name="backbone: weights and statistics", bytes=own + net.buffers),
+        Row(name="backbone: gradients", bytes=own),
+        Row(name="backbone: optimizer", bytes=own * state.backbone_moments(config)),
     ]
     if config.train.precision != "fp32":
         name = f"backbone: weights in {config.train.precision}"

@@ -9,13 +9,15 @@ from configs.schema import ConfigError
 from training.plan.planner import Plan, Scenario, make_plan, with_settings
 
 Change = Callable[[Scenario], Scenario]
+_AND = " --set "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advice:
-    """A change, as one types it, and the plan with it."""
+    """A change, and the plan with it."""
 
     what: str
+    """As one types it after --set; other numbers of GPUs are options of their own."""
     plan: Plan
     ranks: int
 
@@ -27,8 +29,8 @@ def _changes(scenario: Scenario) -> Iterator[tuple[str, Change]]:
     if head.centre_dtype == "fp32" and head.missed_steps == "skip":
         yield "head.centre_dtype=bf16", lambda s: with_settings(s, head={"centre_dtype": "bf16"})
     if train.precision == "fp32" and scenario.device.cuda:
-        half = "bf16" if scenario.device.bf16 else "fp16"
-        yield f"train.precision={half}", lambda s: with_settings(s, train={"precision": half})
+        kind = "bf16" if scenario.device.bf16 else "fp16"
+        yield f"train.precision={kind}", lambda s: with_settings(s, train={"precision": kind})
     if model.recompute < 1:
         yield "model.recompute=1", lambda s: with_settings(s, model={"recompute": 1.0})
     if head.sample_rate > 0.1:
@@ -39,16 +41,16 @@ def _changes(scenario: Scenario) -> Iterator[tuple[str, Change]]:
         yield "model.shard=host", lambda s: with_settings(s, model={"shard": "host"})
     batch, accumulation = train.share(scenario.ranks)
     if batch % 2 == 0 and batch > 2:
-        both = {"batch_size": batch // 2, "accumulation": 2 * accumulation, "global_batch": 0}
-        what = f"train.batch_size={batch // 2}, train.accumulation={2 * accumulation}"
-        yield what, lambda s: with_settings(s, train=both)
+        half: dict[str, int] = {"batch_size": batch // 2}
+        if not train.global_batch:  # which shares a step's images out by itself
+            half["accumulation"] = 2 * accumulation
+        yield _AND.join(f"train.{name}={value}" for name, value in half.items()), lambda s: with_settings(s, train=half)
     if clusters.enabled:
         if clusters.extra_clusters > 0.05:
             yield "clustering.extra_clusters=0.05", lambda s: with_settings(s, clustering={"extra_clusters": 0.05})
-        yield (
-            "clustering.refresh_epochs=2",
-            lambda s: with_settings(s, clustering={"refresh_epochs": 2 * clusters.refresh_epochs}),
-        )
+        rarer = 2 * clusters.refresh_epochs
+        what = f"clustering.refresh_epochs={rarer:g}"
+        yield what, lambda s: with_settings(s, clustering={"refresh_epochs": rarer})
         yield "clustering.enabled=false", lambda s: with_settings(s, clustering={"enabled": False})
     for factor in (2, 4):
         ranks = factor * scenario.ranks
@@ -78,8 +80,13 @@ def advise(scenario: Scenario, plan: Plan) -> list[Advice]:
         except ConfigError:
             continue
         if tried.memory.peak < 0.99 * best.memory.peak:
-            kept = [name for name in names if not (name.startswith("--gpus") and what.startswith("--gpus"))]
-            names, best, now = [*kept, what], tried, wanted
+            names, best, now = [*names, what], tried, wanted
         if best.fits:
             break
-    return [*found, Advice(what=" and ".join(names), plan=best, ranks=now.ranks)] if names else found
+    return [*found, Advice(what=_together(names), plan=best, ranks=now.ranks)] if names else found
+
+
+def _together(names: list[str]) -> str:
+    """Of several numbers of GPUs the last one, behind the settings."""
+    settings = [name for name in names if not name.startswith("--gpus")]
+    return " ".join([_AND.join(settings), *[name for name in names if name.startswith("--gpus")][-1:]]).strip()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from backbones import IMAGE_SIZE
+from clustering.service import seeds
 from configs.schema import ConfigError, RunConfig
 from training.plan import state
 from training.plan.counting import Pass, backbone_pass
@@ -218,7 +219,7 @@ def _tiles(config: RunConfig, S: int, N: int, *, cuda: bool) -> Iterator[Row]:
 def _clusters(config: RunConfig, sizes: Sizes, batch: int, device: Device) -> Iterator[Row]:
     """The service, at its fullest: a version in use, and a refresh that ends in the next one."""
     D, C, R = config.model.embedding_size, sizes.classes, sizes.own_classes
-    N, P, W = batch * sizes.ranks, sizes.own_samples, sizes.ranks
+    N, P = batch * sizes.ranks, sizes.own_samples
     K, S = config.clustering.num_clusters(C), state.clusters_of_rank(config, sizes)
     version = state.version_bytes(config, sizes)
     yield Row(name="embedding bank", bytes=state.bank_bytes(config, sizes))
@@ -228,16 +229,27 @@ def _clusters(config: RunConfig, sizes: Sizes, batch: int, device: Device) -> It
     yield Row(name="refresh: publication", bytes=state.publication_bytes(config, sizes))
     tile = min(_CONTRAST["cuda" if device.cuda else "cpu"], N * max(64, S))
     yield Row(name="contrastive loss: a tile", bytes=2 * 4 * tile + 5 * 4 * N * D, when=("head",))
-    # The slice of a refresh that takes most: rows that are added to sums, copied, in float64 and squared; places of the
-    # worst samples when empty clusters are seeded (at first all the extra ones); new centres in float64; or numbers of
-    # all classes.
+    # The slice of a refresh that takes most: rows that are added to sums, copied, in float64 and squared; clusters,
+    # samples and candidates where empty clusters are seeded; new centres in float64; or numbers of all classes.
     added = 18 * D * min(_ADDED_AT_ONCE, P)
-    seeds = 16 * W * min(K - C, C) + 8 * C if K > C else 0
     new = 32 * D * S
     levels = 16 * D * R + 8 * 20 * C
-    slices = {"rows added": added, "empty clusters seeded": seeds, "new centres": new, "hard levels": levels}
+    slices = {
+        "rows added": added,
+        "empty clusters seeded": _seeding(P, R, K),
+        "new centres": new,
+        "hard levels": levels,
+    }
     most = max(slices, key=slices.__getitem__)
     yield Row(name=f"refresh: a slice, {most}", bytes=slices[most], when=("refresh",))
+
+
+def _seeding(P: int, R: int, K: int) -> int:
+    """Most of what comes and goes in `KMeansRun._seed`, one after the other: members of all clusters are counted; the
+    worst sample of each class is found by sorting; counts by level are added up and the candidates sorted by them; and
+    empty clusters are looked for."""
+    some, L = min(K, seeds._CLUSTERS), seeds.LEVELS
+    return max(8 * K + 8 * P, 49 * P, 16 * L + 16 * R, 8 * L + 52 * R, 9 * some + 16 * R)
 
 
 def _host(config: RunConfig, sizes: Sizes, batch: int) -> Iterator[tuple[str, int]]:

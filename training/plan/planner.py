@@ -19,7 +19,7 @@ from training.plan.devices import Device
 from training.plan.links import Link
 from training.plan.rates import BANDWIDTH, FIXED, GPU, LOGIT_BYTES, MEASURED_ON, Rates, cpu_rates, gpu_rates
 from training.plan.work import Resource
-from training.traffic import Collective
+from training.traffic import OVER_HOSTS, Collective
 
 IMAGES_PER_CORE_S = 8200.0
 """docs/experiments.md: the CPU loader on a Xeon of family 6, model 207; 7,961 on an EPYC of family 25
@@ -132,11 +132,12 @@ class Plan:
 def collective_seconds(one: Collective | traffic.Call, scenario: Scenario) -> float:
     """A ring over the slowest wire on its way, and a tree's latency for every call."""
     within, inside = scenario.device.within, min(one.ranks, scenario.per_host)
-    over_hosts = one.ranks > scenario.per_host or one.what == "gradients over hosts"
+    beside = min(scenario.per_host, scenario.ranks) if one.what == OVER_HOSTS else 1  # rings on a host's link at once
+    over_hosts = one.ranks > scenario.per_host or one.what == OVER_HOSTS
     speed = within.bytes_per_s
     latency = links.LAUNCH_S + 2 * within.latency_s * math.ceil(math.log2(max(2, inside)))
     if scenario.hosts > 1 and over_hosts:
-        speed = min(speed, scenario.network.bytes_per_s)
+        speed = min(speed, scenario.network.bytes_per_s / beside)
         latency += 2 * scenario.network.latency_s * math.ceil(math.log2(scenario.hosts))
     return one.times * latency + one.sent / (links.SHARE * speed)
 
@@ -283,6 +284,9 @@ def _notes(scenario: Scenario) -> list[str]:
             notes.append(f"logits of the contrastive loss: {LOGIT_BYTES:g} bytes moved for each; measured for 128 rows")
         small = 1e3 * sum(one.value for one in FIXED.values())
         notes.append(f"kernels that are small anywhere: {small:.2g} ms a micro-batch, as on an H200")
+    if state.copy_ranks(config, scenario.sizes) > 1:
+        whole = 4e-9 * state.backbone_of(config).parameters
+        notes.append(f"memory: an evaluation holds the backbone's weights whole, {whole:.2g} GB, which are not counted")
     if scenario.dataset.guessed:
         notes.append(f"{scenario.dataset.samples:,} images: --images was not given")
     if scenario.dataset.labels is None:

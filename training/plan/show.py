@@ -31,6 +31,7 @@ def tell(console: Console, scenario: Scenario, plan: Plan, advices: Sequence[Adv
 
 def _table(title: str, *headings: str) -> Table:
     table = Table(*headings, title=title, title_justify="left", pad_edge=False)
+    table.columns[0].overflow = "fold"  # all of a setting that is to be typed
     for column in table.columns[1:]:
         column.justify = "right"
     return table

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clustering.service import seeds
 from configs.schema import ConfigError, RunConfig
 from data.rec.layout import Labels
 from sharding import all_shards
@@ -111,11 +112,12 @@ def snapshot_bytes(config: RunConfig, sizes: Sizes) -> int:
 
 
 def kmeans_bytes(config: RunConfig, sizes: Sizes) -> int:
-    """What a run of k-means keeps: centres, those shown by another rank, sums, counts, and four things a sample."""
+    """What a run of k-means keeps: centres, those shown by another rank, sums, counts, levels of seeds, and four
+    things a sample."""
     D, S = config.model.embedding_size, clusters_of_rank(config, sizes)
     shown = 4 * D * S if sizes.ranks > 1 else 0
     K = config.clustering.num_clusters(sizes.classes)
-    return 4 * D * S + shown + 8 * D * S + 8 * K + 18 * sizes.own_samples
+    return 4 * D * S + shown + 8 * D * S + 8 * K + seeds.buffer_bytes(sizes.ranks) + 18 * sizes.own_samples
 
 
 def publication_bytes(config: RunConfig, sizes: Sizes) -> int:
@@ -141,9 +143,10 @@ def saved_clusters(config: RunConfig, sizes: Sizes, classes: int, samples: int) 
 def checkpoint_bytes(config: RunConfig, sizes: Sizes) -> tuple[int, int]:
     """A whole checkpoint, all ranks together; and the part that the rank with most copies on its host."""
     net = backbone_of(config)
-    backbone = 4 * net.parameters * (1 + backbone_moments(config)) + net.buffers
-    saved = backbone + sum(centre_bytes(config, sizes.classes))
-    copied = backbone + sum(centre_bytes(config, sizes.own_classes))
+    backbone = 4 * net.parameters * (1 + backbone_moments(config))
+    saved = backbone + net.buffers + sum(centre_bytes(config, sizes.classes))
+    own = -(-backbone // copy_ranks(config, sizes))
+    copied = own + net.buffers + sum(centre_bytes(config, sizes.own_classes))
     if config.clustering.enabled:
         saved += saved_clusters(config, sizes, sizes.classes, sizes.samples)
         copied += saved_clusters(config, sizes, sizes.own_classes, sizes.own_samples)

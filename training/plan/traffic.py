@@ -1,7 +1,7 @@
 """Collectives of a refresh of the clusters: what is called, how often, and with how many bytes.
 
 Those of a step are in `training.traffic`. Bytes of a call are those of its whole tensor: that of an all-reduce, a
-broadcast or a reduce.
+broadcast or a reduce, and of a reduce-scatter what every rank hands in.
 
 Legend: D embedding size, C classes, K clusters, W ranks, k hard negatives of a class.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from clustering.service import seeds
 from configs.schema import RunConfig
 from training.plan.counting import meta_backbone
 from training.plan.state import Sizes
@@ -27,7 +28,7 @@ class Call(NamedTuple):
     """Collectives of one kind that a refresh runs for one purpose; as `training.traffic.Collective`."""
 
     what: str
-    kind: Literal["all_reduce", "broadcast", "reduce"]
+    kind: Literal["all_reduce", "reduce_scatter", "broadcast", "reduce"]
     bytes: int
     times: int
     ranks: int
@@ -72,9 +73,11 @@ def _of_refresh(config: RunConfig, sizes: Sizes, first: bool, rounds: int, empty
     counted = turns * (1 + c.noise_gate)  # samples of clusters; with the gate their largest classes
     yield summed("counts of k-means", counted * 8 * K, counted)
     seedings = [K - C if first else 0] if empty is None else [empty] * turns
-    seeds = [16 * W * min(wanted, C) for wanted in seedings if wanted]
-    if seeds:
-        yield summed("seeds of empty clusters", sum(seeds), len(seeds))
+    seeded = sum(wanted > 0 for wanted in seedings)
+    if seeded:
+        times, levels = seeds.exchanges(W)
+        yield summed("levels of seeds", seeded * 4 * times * levels, seeded)
+        yield Call("levels of seeds", "reduce_scatter", seeded * 4 * times * levels * W, seeded * times, W)
     yield summed("sizes and classes of clusters", 2 * 8 * K, 2)
     yield summed("hard levels", 40 * C + 16, 2)
     yield summed("matching", (2 * rounds + 1) * 8 * K, 2 * rounds + 1)
