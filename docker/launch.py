@@ -46,6 +46,7 @@ class Passing:
         self.got = 0
         """Its number; 0: none came."""
         self._child: subprocess.Popen[bytes] | None = None
+        self._sent = False
         self._starting = False
         for number in _SIGNALS:
             signal.signal(number, self._pass)
@@ -55,6 +56,7 @@ class Passing:
             return  # a save is under way, which torchrun's second signal would cut short
         self.got = number
         if self._child is not None:
+            self._sent = True
             self._child.send_signal(number)
         elif not self._starting:
             raise _Ended
@@ -65,7 +67,7 @@ class Passing:
 
     def to(self, child: subprocess.Popen[bytes]) -> None:
         self._child = child
-        if self.got:
+        if self.got and not self._sent:  # not when it came just now, after the line above
             child.send_signal(self.got)
 
 

@@ -35,6 +35,10 @@ if __name__ == "__main__":
     try:
         runpy.run_path(str(_TRAIN), run_name="__main__")
     except SystemExit as end:
-        if isinstance(end.code, int):
-            _note(end.code)
+        _note(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    except KeyboardInterrupt:
+        raise  # Python then ends by SIGINT itself: as after any signal, the launcher says which
+    except BaseException:
+        _note(1)
         raise

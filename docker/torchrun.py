@@ -12,6 +12,9 @@ MEET_S = 1800
 """Seconds that hosts wait for each other: the slowest may have to fetch the image."""
 SAVE_S = 120
 """Seconds that ranks have for a last checkpoint before torchrun kills them, unless PET_SHUTDOWN_TIMEOUT says more."""
+RESTARTS = 10
+"""How often ranks are started anew where hosts come and go, unless PET_MAX_RESTARTS says more: those of the other hosts
+fail when one leaves. That one joins takes none of them."""
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """torchrun's own, and the one that Slurm sends before the time is up, which would kill torchrun otherwise."""
 
@@ -21,7 +24,7 @@ def torchrun_arguments(environment: Mapping[str, str], place: Placement, *, gpus
 
     gpus: of this host. address: by which the other hosts reach this one, "" to let torchrun choose. Raises LaunchError.
     """
-    restarts = environment.get("PET_MAX_RESTARTS") or "0"
+    restarts = environment.get("PET_MAX_RESTARTS") or str(RESTARTS if place.min_nodes != place.max_nodes else 0)
     if not restarts.isdecimal():
         raise LaunchError(f"PET_MAX_RESTARTS: expected a whole number, got {restarts!r}: correct it")
     patience = environment.get("PET_SHUTDOWN_TIMEOUT") or str(SAVE_S)

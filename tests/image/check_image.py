@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -136,7 +137,10 @@ def test_the_image_holds_what_it_needs_and_nothing_else(image: Image) -> None:
     assert settings["User"] == "10001:10001"
     assert settings["Entrypoint"] == ["python", "-m", "docker.launch"]
     assert settings["Healthcheck"]["Test"] == ["CMD", "python", "-m", "docker.health"]
-    assert not [path for path in (image.root / "app").rglob("*") if path.owner() != "root"]
+    files = list((image.root / "app").rglob("*"))
+    assert not [path for path in files if path.owner() != "root"]
+    modes = {(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in files}
+    assert modes <= {(True, 0o755), (False, 0o644), (False, 0o755)}  # whatever the checkout's are
 
 
 def test_without_arguments_it_says_what_it_takes(start: Start) -> None:

@@ -32,7 +32,7 @@ def _launcher(run: Launch) -> int:
     return run.process.pid
 
 
-def test_a_signal_to_the_entrypoint_saves_and_the_same_command_goes_on(start: Start, tmp_path: Path) -> None:
+def test_a_signal_to_the_entrypoint_or_to_all_saves_and_the_same_command_goes_on(start: Start, tmp_path: Path) -> None:
     with start(ranks=2) as run:
         run.until("step 2/", 60)
         os.kill(_launcher(run), signal.SIGTERM)
@@ -41,21 +41,14 @@ def test_a_signal_to_the_entrypoint_saves_and_the_same_command_goes_on(start: St
     latest = tmp_path / "run/checkpoints/latest"
     step = int(latest.read_text(encoding="utf-8").strip().removeprefix("step_"))
     assert "SIGTERM" in run.told
-    with start(f"train.stop_after_steps={step + 2}", ranks=2) as run:
-        assert run.process.wait(60) == 0, run.told
-    assert f"resumed at step {step}" in run.told
-    assert latest.read_text(encoding="utf-8").strip() == f"step_{step + 2:09d}"
-
-
-def test_a_signal_that_every_process_gets_saves_too(start: Start, tmp_path: Path) -> None:
-    """As of Slurm's --signal without B:, and of scancel: launcher, torchrun and ranks get it at once."""
-    with start() as run:
-        run.until("step 2/", 60)
-        for pid in run.alive():
+    with start(ranks=2) as run:
+        run.until(f"step {step + 2}/", 60)
+        for pid in run.alive():  # as of Slurm's --signal without B:, and of scancel: torchrun and ranks get it too
             os.kill(pid, signal.SIGUSR1)
         assert run.process.wait(60) == 75, run.told
         assert not run.alive()
-    assert (tmp_path / "run/checkpoints/latest").read_text(encoding="utf-8").startswith("step_")
+    assert f"resumed at step {step}" in run.told
+    assert int(latest.read_text(encoding="utf-8").strip().removeprefix("step_")) >= step + 2
 
 
 def test_a_run_that_cannot_begin_ends_with_its_own_code(start: Start) -> None:

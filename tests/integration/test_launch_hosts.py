@@ -27,13 +27,6 @@ def _slurm(host: int) -> Names:
     }
 
 
-def _pytorchjob(host: int) -> Names:
-    """As Kubeflow's operator sets them for one master and one worker."""
-    head = {"MASTER_ADDR": "faces-master-0", "MASTER_PORT": "23456"}
-    counts = {"WORLD_SIZE": "2", "RANK": str(host), "PET_NNODES": "2", "PET_NODE_RANK": str(host)}
-    return {**head, **{f"PET_{name}": value for name, value in head.items()}, **counts, "PET_NPROC_PER_NODE": "auto"}
-
-
 def _jobset(host: int) -> Names:
     return {
         "JOB_COMPLETION_INDEX": str(host),
@@ -45,7 +38,7 @@ def _jobset(host: int) -> Names:
     }
 
 
-NAMES = {0: "host-0 faces-master-0 faces-hosts-0-0.faces", 1: "host-1"}
+NAMES = {0: "host-0 faces-hosts-0-0.faces", 1: "host-1"}
 """What the cluster's DNS would tell of each host."""
 
 
@@ -74,11 +67,10 @@ def start(command: Callable[..., list[str]], tmp_path: Path) -> Iterator[Start]:
         yield begin
 
 
-@pytest.mark.parametrize("variables", [_slurm, _jobset])
-def test_two_hosts_train_together(start: Start, variables: Callable[[int], Names], tmp_path: Path) -> None:
-    with start(1, variables(1), 12) as second:
+def test_two_hosts_of_a_jobset_train_together(start: Start, tmp_path: Path) -> None:
+    with start(1, _jobset(1), 12) as second:
         second.until("waiting for ", 20)  # its head is not there yet
-        with start(0, variables(0), 12) as first:
+        with start(0, _jobset(0), 12) as first:
             assert first.process.wait(60) == 0, first.told
             assert second.process.wait(60) == 0, second.told
     told = first.told + second.told  # c10d may give rank 0 to either host
@@ -89,11 +81,14 @@ def test_two_hosts_train_together(start: Start, variables: Callable[[int], Names
     assert len(list((tmp_path / "run/checkpoints/step_000000012").glob("rank_*.safetensors"))) == 2
 
 
-def test_a_host_that_is_told_to_stop_stops_all_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
-    """As when a node is drained: only its pod gets SIGTERM."""
-    with start(0, _pytorchjob(0), 5000) as first, start(1, _pytorchjob(1), 5000) as second:
+def test_a_host_under_slurm_that_is_told_to_stop_stops_all_with_a_checkpoint(start: Start, tmp_path: Path) -> None:
+    """As when a node is drained: only its task gets SIGTERM."""
+    with start(0, _slurm(0), 5000) as first, start(1, _slurm(1), 5000) as second:
         first.until("step 2/", 60)
         os.kill(second.process.pid, signal.SIGTERM)
         assert second.process.wait(60) == 75, second.told
         assert first.process.wait(60) == 75, first.told
-    assert (tmp_path / "run/checkpoints/latest").read_text(encoding="utf-8").startswith("step_")
+    assert "24 identities" in first.told  # static: rank 0 is on the first host
+    assert "2 rank(s) on cpu" in first.told
+    latest = (tmp_path / "run/checkpoints/latest").read_text(encoding="utf-8").strip()
+    assert len(list((tmp_path / "run/checkpoints" / latest).glob("rank_*.safetensors"))) == 2

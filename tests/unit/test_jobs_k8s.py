@@ -208,7 +208,7 @@ def test_a_pytorchjob_starts_its_pods_again() -> None:
 
 
 def test_tensorboard_is_reached_by_its_service() -> None:
-    deployment, service = _documents("tensorboard.yaml")
+    deployment, service, _ = _documents("tensorboard.yaml")
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"] == labels == deployment["spec"]["selector"]["matchLabels"]
     assert "type" not in service["spec"]  # ClusterIP: its pages show faces
@@ -216,6 +216,15 @@ def test_tensorboard_is_reached_by_its_service() -> None:
     (port,) = service["spec"]["ports"]
     assert port["targetPort"] in {port["name"] for port in container["ports"]}
     assert f"--port={port['port']}" in container["command"]
+
+
+def test_no_pod_reaches_tensorboard() -> None:
+    deployment, _, policy = _documents("tensorboard.yaml")
+    assert policy["kind"] == "NetworkPolicy"
+    assert policy["spec"] == {
+        "podSelector": deployment["spec"]["selector"],
+        "policyTypes": ["Ingress"],
+    }
 
 
 def test_the_network_policy_covers_the_pods_that_train() -> None:

@@ -22,8 +22,9 @@ SCRIPT = ROOT / "docker/slurm/train.sbatch"
 DIRECTIVES = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE))
 SRUN = """#!/bin/bash
 printf '%s\\n' "$@" >"$TOLD/srun"
+printf '%s' "${SRUN_CPUS_PER_TASK-}" >"$TOLD/cpus"
 trap 'echo USR1 >"$TOLD/signal"; exit 75' USR1
-trap 'echo TERM >"$TOLD/signal"; exit 75' TERM
+trap 'echo TERM >"$TOLD/signal"; exit 137' TERM
 echo $$ >"$TOLD/pid"
 [ "$CODE" = wait ] || exit "$CODE"
 while :; do sleep 0.05; done
@@ -45,6 +46,7 @@ def told(tmp_path: Path) -> Path:
 def _start(told: Path, *arguments: str, code: str = "0", **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         ["bash", str(SCRIPT), *arguments],
+        cwd=told,
         env={
             "PATH": f"{told}/bin:{os.environ['PATH']}",
             "TOLD": str(told),
@@ -123,6 +125,13 @@ def test_each_runtime_starts_the_entrypoint_once_a_host(
     assert not (told / "scontrol").exists()
 
 
+@pytest.mark.parametrize("cpus", ["64", ""])
+def test_a_host_gets_all_cores_that_were_asked_for(told: Path, cpus: str) -> None:
+    """Since Slurm 22.05 srun does not read SLURM_CPUS_PER_TASK."""
+    assert _run(told, **({"SLURM_CPUS_PER_TASK": cpus} if cpus else {}))[0] == 0
+    assert (told / "cpus").read_text(encoding="utf-8") == cpus
+
+
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
@@ -155,11 +164,32 @@ def test_a_job_that_ends_again_and_again_is_left(told: Path) -> None:
     assert not (told / "scontrol").exists()
 
 
+def _requeued(told: Path, code: str, **variables: str) -> bool:
+    assert _run(told, code=code, **variables)[0] == int(code)
+    asked = (told / "scontrol").exists()
+    (told / "scontrol").unlink(missing_ok=True)
+    return asked
+
+
+def test_76_comes_again_three_times_in_a_row(told: Path) -> None:
+    """Hosts end with it too when a rank of another has crashed, which it would do again."""
+    codes = ["76", "76", "75", "76", "76", "76", "76"]
+    assert [_requeued(told, code) for code in codes] == [*[True] * 6, False]
+    assert not list(told.glob("*.lost"))
+    _, _, err = [_run(told, code="76") for _ in range(4)][-1]
+    assert "error: exit code 76 after 3 requeues in a row: see the log above, then submit it again" in err
+
+
+def test_every_job_counts_its_own_76(told: Path) -> None:
+    assert all(_requeued(told, "76", SLURM_JOB_ID=job) for job in ("7", "7", "8", "8", "7", "8"))
+    assert not _requeued(told, "76", SLURM_JOB_ID="7")
+
+
 @pytest.mark.parametrize(("number", "comes_again"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
 def test_it_lets_the_run_save_and_comes_again_unless_cancelled(
     told: Path, number: signal.Signals, comes_again: bool
 ) -> None:
-    """SIGUSR1: its time is up; SIGTERM: scancel."""
+    """SIGUSR1: its time is up; SIGTERM: scancel. srun passes the former on; at the latter it kills all tasks."""
     with _start(told, code="wait") as job:
         deadline = time.monotonic() + 20
         while not (told / "pid").exists() and time.monotonic() < deadline:
@@ -167,6 +197,6 @@ def test_it_lets_the_run_save_and_comes_again_unless_cancelled(
         job.send_signal(number)
         out, _ = job.communicate(timeout=20)
     assert job.returncode == 75
-    assert (told / "signal").read_text(encoding="utf-8").strip() == number.name.removeprefix("SIG")
+    assert (told / "signal").read_text(encoding="utf-8").strip() == "USR1"
     assert (told / "scontrol").exists() == comes_again
     assert ("exit code 75: requeued, it goes on from the newest checkpoint" in out) == comes_again

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from torch.distributed.run import get_args_parser, parse_min_max_nnodes
@@ -147,6 +148,15 @@ def test_hosts_that_come_and_go_meet_again_and_again() -> None:
     assert read["rdzv_conf"] == "join_timeout=1800,is_host=0,last_call_timeout=9"
 
 
+@pytest.mark.parametrize(
+    ("variables", "restarts"),
+    [({"PET_NNODES": "2:4"}, 10), ({"PET_NNODES": "2:4", "PET_MAX_RESTARTS": "0"}, 0), ({"PET_NNODES": "4"}, 0)],
+)
+def test_ranks_start_anew_where_a_host_may_leave(variables: dict[str, str], restarts: int) -> None:
+    """Those of the hosts that stay fail then, and torchrun with them if it has no restart left."""
+    assert _options({**JOBSET, **variables})["max_restarts"] == restarts
+
+
 def test_the_first_host_keeps_the_store() -> None:
     assert "is_host=1" in str(_options({**PLAIN, "PET_MAX_RESTARTS": "1"})["rdzv_conf"])
 
@@ -233,6 +243,32 @@ def test_a_signal_during_the_start_reaches_torchrun(passing: Passing) -> None:
         passing.to(child)
         assert child.wait(10) == -signal.SIGTERM
     assert passing.got == signal.SIGTERM
+
+
+class _Torchrun:
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+
+    def send_signal(self, number: int) -> None:
+        self.sent.append(number)
+
+
+class _HitAtOnce(Passing):
+    """A signal comes the moment torchrun is known."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "_child" and value is not None:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("passing")  # it puts the handlers back
+def test_torchrun_gets_a_signal_once_whenever_it_comes() -> None:
+    """Its second one would cut the save short."""
+    passing, torchrun = _HitAtOnce(), _Torchrun()
+    passing.starting()
+    passing.to(cast("subprocess.Popen[bytes]", torchrun))
+    assert torchrun.sent == [signal.SIGTERM]
 
 
 def test_a_head_that_never_answers_is_told(capsys: pytest.CaptureFixture[str]) -> None:

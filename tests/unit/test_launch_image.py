@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -94,12 +95,28 @@ def test_the_recipe_passes_its_linter() -> None:
 
 def test_dependencies_come_before_sources_and_only_what_is_needed_is_kept() -> None:
     stages = re.split(r"^FROM ", RECIPE, flags=re.MULTILINE)
-    *_, packages, last = stages
+    *_, packages, sources, last = stages
     assert "COPY setup.py pyproject.toml constraints.txt ./" in packages
     assert "COPY . " not in packages
-    assert last.index("COPY --from=packages") < last.index("COPY . /app")
+    assert "COPY . /app" in sources
+    assert last.index("COPY --from=packages") < last.index("COPY --from=sources /app /app")
+    assert "COPY . " not in last
     assert "apt-get" not in last
     assert last.index("USER 10001:10001") < last.index("ENTRYPOINT")
+
+
+def test_sources_of_a_closed_checkout_are_open_in_the_image(tmp_path: Path) -> None:
+    """umask 077: user 10001 could not read them. The last stage changes no modes, which would keep all files twice."""
+    change = re.search(r"^COPY \. /app\nRUN (chmod .*) /app$", RECIPE, re.MULTILINE)
+    assert change is not None
+    (tmp_path / "training").mkdir(mode=0o700)
+    for name, mode in (("train.py", 0o600), ("training/run.sh", 0o700), ("training/open.py", 0o666)):
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(mode)
+    subprocess.run([*change[1].split(), str(tmp_path)], check=True)
+    modes = {str(path.relative_to(tmp_path)): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*")}
+    assert modes == {"training": 0o755, "train.py": 0o644, "training/run.sh": 0o755, "training/open.py": 0o644}
+    assert "RUN" not in re.split(r"^FROM ", RECIPE, flags=re.MULTILINE)[-1]
 
 
 def test_the_recipe_is_pinned_and_names_no_place_of_its_own() -> None:

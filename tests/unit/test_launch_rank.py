@@ -39,7 +39,9 @@ sys.exit(int(__name__ != "__main__"))
         (IN_A_THREAD, 76, "76"),  # a rank that has lost others
         (AFTER_A_FORK, 75, "75"),
         (ITS_WORLD, 0, "0"),
-        ("raise KeyError('bug')", 1, None),
+        ("import sys; sys.exit('why')", 1, "1"),
+        ("raise KeyError('bug')", 1, "1"),  # else a peer's 76, which follows from it, would count
+        ("raise KeyboardInterrupt", -2, None),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -9, None),
     ],
 )
