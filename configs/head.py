@@ -29,8 +29,11 @@ class HeadConfig:
     length_low: float = 10.0
     """Of magface: embedding lengths from here to length_high are given margins from margin_low to margin_high."""
     length_high: float = 110.0
+    """Of magface: longer embeddings are taken for ones of this length."""
     margin_low: float = 0.45
+    """Of magface: margin of the shortest embeddings."""
     margin_high: float = 0.8
+    """Of magface: margin of the longest embeddings."""
     length_weight: float = 35.0
     """Of magface: lambda_g, weight of the regulariser that lets embeddings of good images grow."""
     quality_spread: float = 0.333

@@ -178,6 +178,7 @@ class OptimConfig:
     """Optimizer and learning-rate schedule."""
 
     name: Literal["sgd", "adamw"] = "sgd"
+    """Of the backbone and of the class centres."""
     lr: float = 0.1
     """Peak learning rate for `reference_batch` images a step; scaled linearly to the batch in use."""
     reference_batch: int = 512
@@ -185,6 +186,7 @@ class OptimConfig:
     momentum: float = 0.9
     """SGD's momentum, or AdamW's beta1."""
     weight_decay: float = 5e-4
+    """Of all weights and of the class centres; with sgd part of the gradient, with adamw apart from it."""
     schedule: Literal["polynomial", "cosine"] = "polynomial"
     """Decay after the warm-up: polynomial of power 2, or half a cosine; both end at 0."""
     warmup_epochs: float = 0.0
@@ -215,6 +217,7 @@ class TrainConfig:
     """bf16: the backbone runs under autocast, and on GPUs the products of head and clusters take bf16 operands. fp16,
     for GPUs older than Ampere: the backbone alone, with a loss scale."""
     epochs: int = 20
+    """Times through the training set."""
     batch_size: int = 128
     """Images a rank takes in one micro-batch."""
     accumulation: int = 1
@@ -223,6 +226,7 @@ class TrainConfig:
     """Images of an optimizer step over all ranks, whatever their number: they share them out in as few micro-batches of
     at most batch_size as come out even (accumulation is then not read). 0: batch_size x accumulation x ranks."""
     seed: int = 2048
+    """Of first weights, the order of samples, flips, augmentations and sampled classes."""
     cpu_threads: int = 0
     """Threads of a rank for arithmetic on the CPU; 0 shares the cores among the host's ranks."""
     timeout: int = 600
@@ -296,6 +300,7 @@ class EvalConfig:
     every_epochs: float = 1.0
     """Epochs between two evaluations; one more is made at the end."""
     batch_size: int = 64
+    """Images that a rank embeds at a time."""
 
     def __post_init__(self) -> None:
         require(self.every_epochs > 0, "eval.every_epochs", self.every_epochs, "more than 0")
