@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +193,25 @@ def address(tmp_path: Path) -> Iterator[str]:
         process.stderr.close()
 
 
+def _wait_until_read(address: str, events: EventAccumulator) -> None:
+    """Until TensorBoard has read all of a run: a page that is opened before does not look again."""
+    wanted = {"scalars": set(events.Tags()["scalars"]), "images": set(events.Tags()["images"])}
+    deadline = time.monotonic() + 60
+    while True:
+        listed = _asked(address, "plugins_listing")["custom_scalars"]["enabled"]
+        found = {kind: _asked(address, f"plugin/{kind}/tags") for kind in wanted}
+        if listed and all(tags <= set().union(*found[kind].values()) for kind, tags in wanted.items()):
+            return
+        assert time.monotonic() < deadline, found
+        time.sleep(0.2)
+
+
+def _asked(address: str, what: str) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{address}data/{what}", timeout=60) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found: apt-get install chromium, and pip install playwright")
 def test_a_browser_shows_the_page(train_here: Run, tmp_path: Path, address: str) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright (the extra `dev` has it)")
@@ -208,6 +229,7 @@ def test_a_browser_shows_the_page(train_here: Run, tmp_path: Path, address: str)
         page = browser.new_page(viewport={"width": 1800, "height": 3400})
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
+        _wait_until_read(address, events)
         page.goto(f"{address}#custom_scalars")
         cards = page.locator("tf-custom-scalar-multi-line-chart-card")
         for number, (title, matches) in enumerate(charts):
