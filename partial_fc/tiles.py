@@ -25,10 +25,10 @@ from partial_fc.products import product
 
 MIN_NORM = 1e-12
 _MAX_EXPONENT = 85.0  # exp(88.7) is float32's end; the rest is left for the products with S
-_TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+TILE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 """Size of one fp32 tile, (c, N) or (c, D): measured best on a CPU core (docs/experiments.md); large products on
 GPUs."""
-_KEPT_BYTES = 256 << 20
+KEPT_BYTES = 256 << 20
 """Cosines that a step's forward passes keep for the optimizer, which spares it a matrix product; tiles beyond are made
 again."""
 
@@ -56,7 +56,7 @@ class SoftmaxSettings:
     """auto: triton where it can run, else torch. reference: dense, plain autograd."""
     chunk: int = 0
     """Classes a tile; 0 sizes tiles by the batch and the device."""
-    kept_bytes: int = _KEPT_BYTES
+    kept_bytes: int = KEPT_BYTES
     product_dtype: torch.dtype = torch.float32
     """Operands of the matrix products; sums are float32 whatever it is."""
     sparse_gradient: bool = True
@@ -66,7 +66,7 @@ class SoftmaxSettings:
         """Classes a tile, for this batch: neither their logits nor their centres are to take more than the bytes
         above."""
         wider = max(1, *x_ND.shape)
-        return self.chunk or max(64, _TILE_BYTES.get(x_ND.device.type, 64 << 20) // (4 * wider * self.subcentres))
+        return self.chunk or max(64, TILE_BYTES.get(x_ND.device.type, 64 << 20) // (4 * wider * self.subcentres))
 
 
 class SampledRows(NamedTuple):

@@ -20,7 +20,8 @@ from training.sharded_units import shard_ranks, units_of
 
 OVER_HOSTS = "gradients over hosts"
 """What a rank sends those of the same place on other hosts: all ranks of a host do so at once, over one link."""
-Kind = Literal["all_gather", "all_reduce", "reduce_scatter", "all_to_all"]
+Kind = Literal["all_gather", "all_reduce", "reduce_scatter", "all_to_all", "broadcast", "reduce"]
+"""The last two run between steps only (`training.plan.traffic`)."""
 
 _FLOAT = 4
 _FIRST_BUCKET, _BUCKET = 1 << 20, 25 << 20
@@ -28,20 +29,21 @@ _FIRST_BUCKET, _BUCKET = 1 << 20, 25 << 20
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind that a step runs for one purpose."""
+    """Collectives of one kind that a step, or a refresh of the clusters, runs for one purpose."""
 
     what: str
     kind: Kind
     bytes: int
     """Of all of them together: what a gather hands to every rank, what every rank hands to the others."""
     times: int
-    """Calls in an optimizer step."""
+    """Calls in it."""
     ranks: int
     """That take part in each."""
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends in a step where the ranks stand in a ring, as NCCL's do: as many as it receives.
+        """Bytes that each rank sends in it where the ranks stand in a ring, as NCCL's do: as many as it receives. Of
+        broadcasts and reduces, what each passes on.
 
         In a ring over several hosts each host's link carries as much, once out and once in.
         """

@@ -28,7 +28,7 @@ LEVELS = FIT_LEVELS + WELL_FITTED
 """From a cosine of -1 to the last one that needs a seed."""
 _NUMBERS = 1 << 22
 """Of a table, int32: 16 MB."""
-_CLUSTERS = 1 << 22
+CLUSTERS_AT_ONCE = 1 << 22
 """Looked through at a time: some 40 MB."""
 
 
@@ -113,14 +113,14 @@ class Order:
 
 def empty_clusters(counts_K: Tensor) -> int:
     """E. counts_K: members of every cluster. Waits for the device."""
-    return int(torch.stack([(part == 0).sum() for part in counts_K.split(_CLUSTERS)]).sum())
+    return int(torch.stack([(part == 0).sum() for part in counts_K.split(CLUSTERS_AT_ONCE)]).sum())
 
 
 def nth_empty(counts_K: Tensor, place_Q: Tensor) -> Tensor:
     """The place-th of the empty clusters, int64 (Q,). place_Q: int64, each in [0, E). Never makes a list of all E."""
     cluster_Q = torch.empty_like(place_Q)
     start = before = 0
-    for part in counts_K.split(_CLUSTERS):
+    for part in counts_K.split(CLUSTERS_AT_ONCE):
         empty_e = (part == 0).nonzero()[:, 0]
         here_Q = (place_Q >= before) & (place_Q < before + len(empty_e))
         cluster_Q[here_Q] = empty_e[place_Q[here_Q] - before] + start

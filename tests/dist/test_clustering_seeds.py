@@ -105,7 +105,7 @@ def test_buffers_do_not_grow_with_ranks(world: int) -> None:
 
 
 def test_the_nth_empty_cluster_over_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("clustering.service.seeds._CLUSTERS", 7)
+    monkeypatch.setattr("clustering.service.seeds.CLUSTERS_AT_ONCE", 7)
     counts_K = torch.randint(0, 3, (100,))
     empty_E = (counts_K == 0).nonzero()[:, 0]
     place_Q = torch.randperm(len(empty_E))[:20]

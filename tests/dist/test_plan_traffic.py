@@ -63,7 +63,7 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def of_kind(collectives: Iterable[Collective | traffic.Call]) -> dict[str, int]:
+def of_kind(collectives: Iterable[Collective]) -> dict[str, int]:
     total: collections.Counter[str] = collections.Counter()
     for one in collectives:
         total[one.kind] += one.bytes

@@ -25,8 +25,9 @@ from training.plan.devices import NAMES, device_of
 from training.plan.links import BETWEEN, LAUNCH_S, SHARE, Link
 from training.plan.planner import Dataset, Scenario, collective_seconds, make_plan
 from training.plan.rates import cpu_rates
-from training.plan.traffic import Call, of_step
+from training.plan.traffic import of_step
 from training.plan.work import Resource
+from training.traffic import Collective
 
 SMALL = ("model.backbone=small", "clustering.enabled=false")
 
@@ -49,7 +50,7 @@ def test_what_gpus_have_measured_is_planned() -> None:
 
 def test_collectives_by_hand() -> None:
     within, network = device_of("H100").within, BETWEEN["ethernet-25"]
-    one = Call("x", "all_reduce", 10**9, 1, 8)
+    one = Collective("x", "all_reduce", 10**9, 1, 8)
     inside = _scenario(*SMALL, ranks=8)
     tree = LAUNCH_S + 2 * 3 * within.latency_s
     assert collective_seconds(one, inside) == pytest.approx(tree + 2 * 7 / 8 * 1e9 / (SHARE * 450e9))

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from backbones import IMAGE_SIZE
 from configs.schema import RunConfig
+from partial_fc.tiles import KEPT_BYTES, TILE_BYTES
 from training.doctor.finding import Finding, size_text
 from training.plan import state
 from training.plan.state import Sizes, sizes_of
@@ -22,13 +22,8 @@ from training.plan.state import Sizes, sizes_of
 __all__ = ["Plan", "Row", "Sizes", "device_memory", "host_memory", "plan", "sizes_of"]
 
 Place = Literal["device", "host"]
-_PIXELS = IMAGE_SIZE[0] * IMAGE_SIZE[1] * 3
 _TIGHT = 0.7
 """Share of the memory from which on activations may not find room."""
-_HEAD_TILES = {"cpu": 3 * (16 << 20), "cuda": 3 * (256 << 20)}
-"""Of the head: logits, centres and gradient of a tile (`partial_fc.tiles`)."""
-_HEAD_KEPT = 256 << 20
-"""Cosines that a step keeps for the optimizer, at the most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +71,7 @@ def plan(config: RunConfig, sizes: Sizes, *, cuda: bool) -> Plan:
     saved, copied = state.checkpoint_bytes(config, sizes)
     rows.append(Row(name="copy of the rank's part of a checkpoint, kept", bytes=copied, place="host"))
     batch_size, _ = config.train.share(sizes.ranks)
-    images = (config.data.prefetch + 2) * batch_size * (_PIXELS + 16)
+    images = state.images_ahead_bytes(config, batch_size)
     rows.append(Row(name="images decoded ahead", bytes=images, place="host"))
     rows.append(Row(name="classes of all samples", bytes=8 * sizes.samples, place="host"))
     return Plan(rows=tuple(rows), checkpoint=saved)
@@ -88,11 +83,12 @@ def _head(config: RunConfig, sizes: Sizes, *, cuda: bool) -> list[Row]:
     rows = batch_size * sizes.ranks
     D, own = config.model.embedding_size, sizes.own_classes * config.head.subcentres
     most = 4 * rows * own  # no tile is larger than everything
-    pixels = batch_size * _PIXELS * (1 + 4)  # as they come, and as numbers
-    tiles = min(_HEAD_TILES["cuda" if cuda else "cpu"], 3 * max(most, 4 * own * D))
+    pixels = batch_size * state.PIXELS * (1 + 4)  # as they come, and as numbers
+    # Logits, centres and gradient of a tile.
+    tiles = 3 * min(TILE_BYTES["cuda" if cuda else "cpu"], max(most, 4 * own * D))
     return [
         Row(name="logits of the head, in tiles", bytes=tiles, at_a_time=True),
-        Row(name="cosines kept for the optimizer", bytes=min(_HEAD_KEPT, most), at_a_time=True),
+        Row(name="cosines kept for the optimizer", bytes=min(KEPT_BYTES, most), at_a_time=True),
         Row(name="embeddings of the global batch", bytes=4 * 4 * rows * D, at_a_time=True),
         Row(name="images of a micro-batch", bytes=pixels, at_a_time=True),
     ]

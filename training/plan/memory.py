@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from backbones import IMAGE_SIZE
 from clustering.service import seeds
 from configs.schema import ConfigError, RunConfig
+from partial_fc.tiles import KEPT_BYTES, TILE_BYTES
 from training.plan import state
 from training.plan.counting import Pass, backbone_pass
 from training.plan.devices import Device
@@ -23,7 +23,6 @@ from training.plan.state import Sizes
 Moment = Literal["backbone", "head", "update", "refresh"]
 MOMENTS: tuple[Moment, ...] = ("backbone", "head", "update", "refresh")
 """Forward and backward of the backbone, the losses, the optimizers, and a slice of the refresh of the clusters."""
-PIXELS = IMAGE_SIZE[0] * IMAGE_SIZE[1] * 3
 _CONTEXT = 600 << 20
 """Assumed: CUDA's context, the libraries' own, and workspaces of cuBLAS and cuDNN."""
 _CPU_LIBRARIES = 40 << 20
@@ -41,9 +40,6 @@ _CHUNK = 32 << 20
 """Bytes of centres that the Triton kernels walk through at a time (`partial_fc.kernel_parts`)."""
 _CONTRAST = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Numbers of a tile of the contrastive loss (`clustering.step.plain`)."""
-_TILE = {"cpu": 16 << 20, "cuda": 256 << 20}
-_KEPT = 256 << 20
-"""Both as in `partial_fc.tiles`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +94,7 @@ def pass_of(config: RunConfig, batch: int) -> Pass:
 def tile_classes(config: RunConfig, rows: int, *, cuda: bool) -> int:
     """t: as `SoftmaxSettings.tile` has it."""
     wider = max(rows, config.model.embedding_size)
-    return max(64, _TILE["cuda" if cuda else "cpu"] // (4 * wider * config.head.subcentres))
+    return max(64, TILE_BYTES["cuda" if cuda else "cpu"] // (4 * wider * config.head.subcentres))
 
 
 def taking_part(config: RunConfig, sizes: Sizes, rows: int) -> int:
@@ -155,7 +151,7 @@ def _backbone(config: RunConfig, sizes: Sizes, batch: int, *, cuda: bool) -> Ite
         yield Row(name="backbone: gathered blocks", bytes=3 * 4 * net.block, when=("backbone",))
     yield Row(name="backbone: activations kept", bytes=once.kept, when=("backbone", "head"))
     yield Row(name="backbone: at a time", bytes=once.peak - once.kept, when=("backbone",))
-    yield Row(name="images of a micro-batch", bytes=batch * (PIXELS + 16))
+    yield Row(name="images of a micro-batch", bytes=batch * state.IMAGE_BYTES)
     if not cuda:  # torch's loop over parameters adds decay to a copy of each gradient; a GPU's optimizer is one kernel
         yield Row(name="backbone: optimizer at a time", bytes=-(-4 * net.largest // inside), when=("update",))
 
@@ -200,7 +196,7 @@ def _tiles(config: RunConfig, S: int, N: int, *, cuda: bool) -> Iterator[Row]:
     D, K = config.model.embedding_size, config.head.subcentres
     t = tile_classes(config, N, cuda=cuda)
     first, second = min(t, S), min(t, max(0, S - t))
-    kept = min(_KEPT, 4 * N * K * S)
+    kept = min(KEPT_BYTES, 4 * N * K * S)
     yield Row(name="head: cosines kept for the update", bytes=kept, when=("backbone", "head", "update"))
     logits = 4 * N * first * (2 if K == 1 else 4 + 2 * K)
     yield Row(name="head: tiles of logits", bytes=logits, when=("head", "update"))
@@ -248,13 +244,13 @@ def _seeding(P: int, R: int, K: int) -> int:
     """Most of what comes and goes in `KMeansRun._seed`, one after the other: members of all clusters are counted; the
     worst sample of each class is found by sorting; counts by level are added up and the candidates sorted by them; and
     empty clusters are looked for."""
-    some, L = min(K, seeds._CLUSTERS), seeds.LEVELS
+    some, L = min(K, seeds.CLUSTERS_AT_ONCE), seeds.LEVELS
     return max(8 * K + 8 * P, 49 * P, 16 * L + 16 * R, 8 * L + 52 * R, 9 * some + 16 * R)
 
 
 def _host(config: RunConfig, sizes: Sizes, batch: int) -> Iterator[tuple[str, int]]:
     _, copied = state.checkpoint_bytes(config, sizes)
     yield "copy of the rank's part of a checkpoint, kept", copied
-    yield "images decoded ahead", (config.data.prefetch + 2) * batch * (PIXELS + 16)
+    yield "images decoded ahead", state.images_ahead_bytes(config, batch)
     yield "classes of all samples", 8 * sizes.samples
     yield "Python, torch and CUDA's libraries", _PROGRAM

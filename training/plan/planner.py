@@ -129,7 +129,7 @@ class Plan:
         return self.images / self.step
 
 
-def collective_seconds(one: Collective | traffic.Call, scenario: Scenario) -> float:
+def collective_seconds(one: Collective, scenario: Scenario) -> float:
     """A ring over the slowest wire on its way, and a tree's latency for every call."""
     within, inside = scenario.device.within, min(one.ranks, scenario.per_host)
     beside = min(scenario.per_host, scenario.ranks) if one.what == OVER_HOSTS else 1  # rings on a host's link at once

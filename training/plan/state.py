@@ -12,12 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from backbones import IMAGE_SIZE
 from clustering.service import seeds
 from configs.schema import ConfigError, RunConfig
 from data.rec.layout import Labels
 from sharding import all_shards
 from training.plan.counting import BackboneSizes, backbone_sizes
 from training.sharded_units import shard_ranks
+
+PIXELS = IMAGE_SIZE[0] * IMAGE_SIZE[1] * 3
+IMAGE_BYTES = PIXELS + 16
+"""An image of a batch as it was decoded, with its class and its number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +90,11 @@ def centre_bytes(config: RunConfig, classes: int) -> tuple[int, int]:
     if config.optim.name == "adamw":
         return one, 2 * one + 4 * rows
     return one, one + (4 * rows if config.head.missed_steps == "catch_up" else 0)
+
+
+def images_ahead_bytes(config: RunConfig, batch: int) -> int:
+    """On the host, of a rank that takes so many images at a time: batches in work, and the one it holds."""
+    return (config.data.prefetch + 2) * batch * IMAGE_BYTES
 
 
 def clusters_of_rank(config: RunConfig, sizes: Sizes) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from configs.schema import RunConfig
+from partial_fc.tiles import KEPT_BYTES
 from training.plan.devices import Device
 from training.plan.memory import by_triton, pass_of, taking_part
 from training.plan.state import Sizes, backbone_of, clusters_of_rank
@@ -17,9 +18,6 @@ Work = dict[Resource, float]
 """convolution, product: flops of the backbone. head, contrast, kmeans: of their matrix products. logit: numbers that go
 through exp() and what is around it. draw: classes of whom some are drawn. moved: bytes to and from memory, of what is
 none of these. call: operators, which a host has to launch."""
-
-_KEPT = 256 << 20
-"""Bytes of cosines that spare the update a product (`partial_fc.tiles`)."""
 
 
 def of_backbone(config: RunConfig, sizes: Sizes) -> Work:
@@ -50,7 +48,7 @@ def of_head(config: RunConfig, sizes: Sizes, device: Device) -> tuple[Work, Work
     else:
         copied = 8 * numbers if sampled or each == 2 else 0.0  # a tile's rows, to where they lie together in float32
         forward |= {"logit": logits, "moved": A * (each * numbers + copied)}
-        kept = min(1.0, _KEPT / (4 * logits)) if logits else 1.0
+        kept = min(1.0, KEPT_BYTES / (4 * logits)) if logits else 1.0
         rounding = (230 + 72 * tensors) * numbers if each == 2 else 0.0  # partial_fc.rounding: lots in int64, then bits
         update = {
             "head": (2 - kept) * product,
