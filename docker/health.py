@@ -8,6 +8,7 @@ evaluation or an epoch's start that takes longer than that looks the same as a r
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -57,7 +58,15 @@ def main() -> int:
     except LookupError as error:
         print(error)
         return 1
-    folder, allowed = output_folder(arguments), float(os.environ.get("CLUSTERFACE_SILENCE_S", _SILENCE_S))
+    wanted = os.environ.get("CLUSTERFACE_SILENCE_S", str(_SILENCE_S))
+    try:
+        allowed = float(wanted)
+    except ValueError:
+        allowed = math.nan
+    if math.isnan(allowed):
+        print(f"CLUSTERFACE_SILENCE_S: expected seconds, got {wanted!r}: correct it")
+        return 1
+    folder = output_folder(arguments)
     quiet = silence(folder, age)
     print(f"{folder / 'metrics.jsonl'}: last told {quiet:.0f} s ago, {allowed:.0f} s are let pass")
     return int(quiet > allowed)

@@ -77,3 +77,13 @@ def test_a_run_that_has_been_silent_for_too_long_is_not_healthy(
     monkeypatch.setenv("CLUSTERFACE_SILENCE_S", allowed)
     assert health.main() == code
     assert capsys.readouterr().out == (f"{tmp_path}/metrics.jsonl: last told 600 s ago, {allowed} s are let pass\n")
+
+
+@pytest.mark.parametrize("text", ["soon", "nan", ""])
+def test_a_silence_that_is_no_number_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    monkeypatch.setattr(health, "launched", lambda: ([], 600.0))
+    monkeypatch.setenv("CLUSTERFACE_SILENCE_S", text)
+    assert health.main() == 1
+    assert capsys.readouterr().out == f"CLUSTERFACE_SILENCE_S: expected seconds, got {text!r}: correct it\n"

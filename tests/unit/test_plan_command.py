@@ -280,6 +280,8 @@ def test_a_cpu_is_measured_first(capsys: pytest.CaptureFixture[str], monkeypatch
         (("--identities", "1e6", "--set", "train.device=cpu"), "use --gpu cpu"),
         (("--identities", "1e6", "--images", "10"), "--images"),
         (("--images", "10"), "--images: expected --identities as well, got 10 alone"),
+        (("--identities", "1e6", "--price-per-gpu-hour=-3"), "expected a price of 0 or more, got '-3'"),
+        (("--identities", "1e6", "--price-per-gpu-hour", "nan"), "expected a price of 0 or more, got 'nan'"),
         (("--identities", "1e6", "--gpus", "3", "--set", "train.global_batch=1024"), "train.global_batch"),
         ((), "--identities"),
     ],

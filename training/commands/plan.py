@@ -58,7 +58,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--batch", type=whole(2), metavar="B", help="train.batch_size")
     parser.add_argument("--epochs", type=whole(1), metavar="E", help="train.epochs")
     parser.add_argument("--sample-rate", type=float, metavar="R", help="head.sample_rate")
-    parser.add_argument("--price-per-gpu-hour", type=float, default=0.0, metavar="P", help="in any currency")
+    parser.add_argument("--price-per-gpu-hour", type=_price, default=0.0, metavar="P", help="in any currency")
     parser.add_argument("--json", action="store_true", help="everything, to standard output, for machines")
     parser.set_defaults(run=run)
 
@@ -72,6 +72,17 @@ def _number(text: str) -> int:
     if not 2 <= value < 1e12 or value != int(value):
         raise argparse.ArgumentTypeError(f"expected a whole number from 2 to 1e12, such as 29e6, got {text!r}")
     return int(value)
+
+
+def _price(text: str) -> float:
+    """argparse shows ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a price of 0 or more, got {text!r}")
+    return value
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
