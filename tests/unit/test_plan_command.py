@@ -280,8 +280,6 @@ def test_a_cpu_is_measured_first(capsys: pytest.CaptureFixture[str], monkeypatch
         (("--identities", "1e6", "--set", "train.device=cpu"), "use --gpu cpu"),
         (("--identities", "1e6", "--images", "10"), "--images"),
         (("--images", "10"), "--images: expected --identities as well, got 10 alone"),
-        (("--identities", "1e6", "--price-per-gpu-hour=-3"), "expected a price of 0 or more, got '-3'"),
-        (("--identities", "1e6", "--price-per-gpu-hour", "nan"), "expected a price of 0 or more, got 'nan'"),
         (("--identities", "1e6", "--gpus", "3", "--set", "train.global_batch=1024"), "train.global_batch"),
         ((), "--identities"),
     ],
@@ -291,6 +289,14 @@ def test_what_is_refused(capsys: pytest.CaptureFixture[str], arguments: tuple[st
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert re.search(said, err)
+
+
+@pytest.mark.parametrize("text", ["-3", "nan", "inf", "cheap"])
+def test_prices(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--identities", "1e6", f"--price-per-gpu-hour={text}"])
+    assert ended.value.code == 2
+    assert f"expected a price of 0 or more, got '{text}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["1", "many", "1.5e0", "1e13", "nan"])
