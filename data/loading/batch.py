@@ -46,8 +46,8 @@ class ImageSource(Protocol):
     def image(self, sample: int) -> tuple[int, memoryview]:
         """(label, encoded image); a DataError or RecordError ends the epoch, see `data.loading.base_loader`."""
 
-    def image_batch(self, samples: npt.NDArray[np.int64]) -> list[tuple[int, memoryview]]:
-        """The same of several."""
+    def image_batch(self, samples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[memoryview]]:
+        """The same of several (n,): int64 (n,) labels, n encoded images."""
 
 
 class Loader(Protocol):

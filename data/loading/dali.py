@@ -157,9 +157,9 @@ class DaliLoader(RecordLoader):
                 raise feed.failure
 
     def _check(self, draft: _EncodedDraft, rows: range) -> None:
-        images = self._records.image_batch(draft.samples_B[rows.start : rows.stop])
-        for row, (label, draft.encoded_B[row]) in zip(rows, images, strict=True):
-            draft.labels_B[row] = label
+        part = slice(rows.start, rows.stop)
+        draft.labels_B[part], draft.encoded_B[part] = self._records.image_batch(draft.samples_B[part])
+        for row in rows:
             try:
                 check_image(draft.encoded_B[row], self._records.image_size)
             except DecodeError as error:

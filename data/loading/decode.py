@@ -32,16 +32,15 @@ def decode_image(encoded: Encoded, size: tuple[int, int], *, out: Pixels | None 
     Exact integer DCT and interpolated chroma, which gives bit for bit what DALI's CPU decoder gives.
     """
     target = np.empty((*size, 3), np.uint8) if out is None else out
-    if not _is_jpeg(encoded):
-        _check_size(encoded, size)
-        np.copyto(target, _decode_png(encoded))
-        return target
     try:
         found = simplejpeg.decode_jpeg(encoded, "RGB", buffer=target)  # reads the head, and refuses what has no room
-    except ValueError as error:
+    except ValueError as error:  # of what is no JPEG, too: nearly everything is one, and need not be asked before
         _check_size(encoded, size)
-        raise DecodeError(f"damaged JPEG: {error}") from None
-    if found.shape[:2] != size:
+        if _is_jpeg(encoded):
+            raise DecodeError(f"damaged JPEG: {error}") from None
+        np.copyto(target, _decode_png(encoded))
+        return target
+    if found.shape != target.shape:
         _check_size(encoded, size)
     return target
 

@@ -88,8 +88,11 @@ class RecordSet:
         """
         return self._samples.image(sample)
 
-    def image_batch(self, samples: npt.NDArray[np.int64]) -> list[tuple[int, memoryview]]:
-        """`image` of each of some samples (n,), in less time. Raises at the first that `image` raises at."""
+    def image_batch(self, samples: npt.NDArray[np.int64]) -> tuple[Labels, list[memoryview]]:
+        """`image` of each of some samples (n,), in less time: int64 (n,) labels, n encoded images.
+
+        Raises at the first that `image` raises at.
+        """
         return self._samples.image_batch(samples)
 
     @property

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.rec.header import HEADER, HeaderError, class_of, unpack
+from data.rec.layout import Labels
 from data.rec.properties import Properties
 from data.rec.recordio import HEAD, MAGIC, MAX_LENGTH, RecordError, RecordReader, Records, images_only_action
 from data.stores.cache import Table
@@ -55,20 +56,22 @@ class Samples:
             raise self._error(sample, expected, f"label {label}", action)
         return label, image
 
-    def image_batch(self, samples: npt.NDArray[np.int64]) -> list[tuple[int, memoryview]]:
-        """`image` of each of some samples (n,), in less time: what is plain is seen of all at once."""
+    def image_batch(self, samples: npt.NDArray[np.int64]) -> tuple[Labels, list[memoryview]]:
+        """`image` of each of some samples (n,), in less time: what is plain is seen of all at once.
+
+        int64 (n,) labels, n encoded images.
+        """
         view = self._views[0] if len(self._views) == 1 else None
         if view is None or self._pair:
-            return [self.image(sample) for sample in samples.tolist()]
+            return self._one_by_one(samples)
         begins, labels = self._offsets[samples], self._labels[samples]
         magic, head, flag, found = self._readers[0].words(begins, (0, 1, 2, 3))
         starts, ends = begins + _PLAIN.size, begins + HEAD.size + head
         plain = (magic == MAGIC) & (head <= MAX_LENGTH) & (flag == 0) & (found.view(np.float32) == labels)
         plain &= (starts < ends) & (ends + 3 & ~3 <= len(view))
         if plain.all():
-            pieces = [view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-            return list(zip(labels.tolist(), pieces, strict=True))
-        return [self.image(sample) for sample in samples.tolist()]
+            return labels, [view[start:end] for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return self._one_by_one(samples)
 
     def agree(self, at_most: int) -> bool:
         """Whether so many images, spread over all, are of the classes that the table says. Raises RecordError."""
@@ -81,6 +84,10 @@ class Samples:
         files = np.searchsorted(self._starts, samples, side="right") - 1
         for file, reader in enumerate(self._readers):
             reader.ahead(self._offsets[samples[files == file]])
+
+    def _one_by_one(self, samples: npt.NDArray[np.int64]) -> tuple[Labels, list[memoryview]]:
+        images = [self.image(sample)[1] for sample in samples.tolist()]  # of the labels of the table, or it raises
+        return self._labels[samples], images
 
     def _file(self, sample: int) -> int:
         return bisect_right(self._starts, sample) - 1

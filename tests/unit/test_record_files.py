@@ -150,10 +150,12 @@ def test_images_of_several_samples_are_those_of_each(tmp_path: Path) -> None:
     for number, records in enumerate((plain, plain + odd)):
         opened = RecordSet.open(write_set(tmp_path / str(number), records, classes=3))
         samples = np.random.default_rng(0).integers(0, opened.num_samples, 40)
-        expected = [opened.image(sample) for sample in samples.tolist()]
-        found = opened.image_batch(samples)
-        assert [(label, bytes(image)) for label, image in found] == [(label, bytes(image)) for label, image in expected]
-        assert opened.image_batch(samples[:0]) == []
+        labels, images = opened.image_batch(samples)
+        assert labels.dtype == np.int64
+        expected = [(label, bytes(image)) for label, image in map(opened.image, samples.tolist())]
+        assert list(zip(labels.tolist(), map(bytes, images), strict=True)) == expected
+        none, nothing = opened.image_batch(samples[:0])
+        assert (len(none), nothing) == (0, [])
         opened.close()
     opened = RecordSet.open(write_set(tmp_path / "cut", plain, classes=3))
     with (tmp_path / "cut" / "train.rec").open("r+b") as file:
@@ -162,5 +164,5 @@ def test_images_of_several_samples_are_those_of_each(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"byte 80: expected .* bytes of payload"):
         opened.image_batch(np.array([0, 2]))
     in_parts = RecordSet.open(_parts(tmp_path / "parts"))
-    found = in_parts.image_batch(np.array([5, 0, 3]))
-    assert [(label, bytes(image)) for label, image in found] == [(0, b"image 5"), (0, b"image 0"), (1, b"image 3")]
+    labels, images = in_parts.image_batch(np.array([5, 0, 3]))
+    assert (labels.tolist(), [bytes(image) for image in images]) == ([0, 0, 1], [b"image 5", b"image 0", b"image 3"])
