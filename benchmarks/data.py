@@ -138,6 +138,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="drawn, or the first of SET; a copy is made; default 20000",
     )
+    parser.add_argument(
+        "--quality",
+        type=int,
+        metavar="Q",
+        help="encode them anew as JPEGs of this quality, 1 to 100, as im2rec does: insightface's way to WebFace42M's "
+        "records is im2rec --quality 100",
+    )
     parser.add_argument("--batch", type=int, default=128, metavar="B", help="default 128")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="T", help="that decode, default 1 2")
     parser.add_argument("--repeats", type=int, default=3, help="turns, default 3")
@@ -152,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if min(args.batch, args.repeats, *args.threads) < 1:
         parser.error("expected --batch, --threads and --repeats of at least 1")
+    if args.quality is not None and not 1 <= args.quality <= 100:
+        parser.error(f"expected a --quality from 1 to 100, got {args.quality}")
     if args.images < args.batch:
         parser.error(f"expected no fewer images than a batch has, got {args.images} and {args.batch}")
     if len(set(args.threads)) < len(args.threads):
@@ -159,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # the consumer's arithmetic, beside the threads that decode
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
-        with working_copy(args.folder, args.images) as records:
+        with working_copy(args.folder, args.images, args.quality) as records:
             if records.num_samples < args.batch:
                 parser.error(f"expected good JPEGs for a batch of {args.batch}, found {records.num_samples}")
             about = facts(device, "benchmarks.data", arguments)
@@ -179,6 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _what(records: RecordSet, args: argparse.Namespace) -> str:
     size = records.bytes / records.num_samples
     origin = "drawn faces" if args.folder is None else "of the set"
+    if args.quality is not None:
+        origin += f" encoded anew with quality {args.quality}"
     height, width = records.image_size
     return (
         f"{records.num_samples:,} images, {origin}, {height} x {width}, {size:.0f} bytes each, "

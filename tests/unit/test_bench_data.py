@@ -53,6 +53,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_set(tmp_path_factory.mktemp("set"), _insightface(images, [10] * 6), classes=6)
 
 
+def test_encoded_anew_with_the_quality_asked_for(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {}
+    for quality in (None, 50, 100):
+        for source in (folder, None):
+            with working_copy(source, 20, quality) as records:
+                images = [records.image(sample)[1] for sample in range(20)]
+                sizes[source, quality] = sum(map(len, images))
+                assert quality != 100 or all(b"\x00" + b"\x01" * 64 in bytes(image) for image in images)  # divides by 1
+                for image in images:
+                    decode_image(image, records.image_size)
+    for source in (folder, None):
+        assert sizes[source, 50] < sizes[source, 100]
+        assert sizes[source, None] != sizes[source, 100]
+    with pytest.raises(SystemExit):
+        data.main(["--quality", "101"])
+    assert "expected a --quality from 1 to 100, got 101" in capsys.readouterr().err
+
+
 def test_drawn_faces_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nvidia.dali")
     out = tmp_path / "new folder" / "data.md"
