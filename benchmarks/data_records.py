@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
+import simplejpeg
 from rich.console import Console
 from rich.progress import track
 
@@ -74,7 +75,7 @@ def _anew(encoded: Iterable[bytes], quality: int | None) -> Iterable[bytes]:
     if quality is None:
         return encoded
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
-    pixels = (cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR) for image in encoded)
+    pixels = (simplejpeg.decode_jpeg(image, "BGR") for image in encoded)
     return (cv2.imencode(".jpg", bgr, options)[1].tobytes() for bgr in pixels)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Generator
 from contextlib import closing
 
 import cv2
-import torch
 from torch import Tensor
 
 from data.loading.augment import apply_
@@ -14,21 +13,15 @@ from data.loading.base_loader import Draft, Planned, RecordLoader
 from data.loading.batch import Batch
 from data.loading.decode import DecodeError, decode_image
 from data.loading.prefetch import prefetch
+from data.loading.recycling import Recycled
 
 
 class _PixelDraft(Draft):
-    """A draft with room for its pixels, page-locked when they go on to a GPU."""
+    """A draft with room for its pixels."""
 
-    def __init__(
-        self,
-        plan: Planned,
-        *,
-        size: tuple[int, int],
-        pinned: bool,
-    ) -> None:
+    def __init__(self, plan: Planned, images_BHW3: Tensor, *, pinned: bool) -> None:
         super().__init__(plan, pinned=pinned)
-        self.images_BHW3 = torch.empty(len(self.samples_B), *size, 3, dtype=torch.uint8, pin_memory=pinned)
-        self.pixels_BHW3 = self.images_BHW3.numpy()
+        self.images_BHW3, self.pixels_BHW3 = images_BHW3, images_BHW3.numpy()
 
     def patched(self) -> Tensor:
         """The images, bad rows replaced: uint8 (B, H, W, 3)."""
@@ -48,9 +41,10 @@ class CpuLoader(RecordLoader):
     backend = "cpu"
 
     def _batches(self, epoch: int, starts: range) -> Generator[Batch, None, None]:
-        size = self._records.image_size
+        pinned = self._pinned  # they go on to a GPU
+        memory = Recycled((self._plan.batch_size, *self._records.image_size, 3), pinned=pinned)
         drafts = prefetch(
-            (_PixelDraft(plan, size=size, pinned=self._pinned) for plan in self._plans(epoch, starts)),
+            (_PixelDraft(plan, memory.tensor(), pinned=pinned) for plan in self._plans(epoch, starts)),
             self._decode,
             rows=self._plan.batch_size,
             threads=self._threads,
