@@ -25,9 +25,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from backbones import IMAGE_SIZE, Backbone, build_backbone, names
-from benchmarks.activations import Bytes, bytes_per_image
-from benchmarks.memory import peak_extra
-from benchmarks.report import digits, facts, publish
+from benchmarks.measuring.memory import peak_extra
+from benchmarks.measuring.report import digits, facts, publish
+from benchmarks.planning.activations import Bytes, bytes_per_image
 from configs.schema import ConfigError, TrainConfig
 from training.distributed import Ranks, data_parallel, open_ranks
 from training.showing.flops import forward_flops

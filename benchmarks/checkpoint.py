@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from benchmarks.report import digits, facts, publish
+from benchmarks.measuring.report import digits, facts, publish
 from configs.schema import HeadConfig, TrainConfig
 from partial_fc.head import PartialFCHead
 from partial_fc.optim import CentreSGD

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from benchmarks.report import digits, facts, publish
+from benchmarks.measuring.report import digits, facts, publish
 from clustering.job.files import unit_rows
 from data.rec.records import RecordSet
 

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.report import digits, facts, publish, spread
-from benchmarks.tally import Tally
+from benchmarks.measuring.report import digits, facts, publish, spread
+from benchmarks.measuring.tally import Tally
 from configs.schema import ConfigError, HeadConfig, TrainConfig
 from partial_fc.collectives import all_reduce_, gather_batch
 from partial_fc.head import PartialFCHead

@@ -1,6 +1,6 @@
 """How many images a second reach training, against a bare decoder and the two ways of insightface?
 
-All ways of `benchmarks.data_arms` deliver batches of the same records, in one process, in turns. The records are the
+All ways of `benchmarks.loaders.arms` deliver batches of the same records, in one process, in turns. The records are the
 first of a set, or drawn faces. Quote the ratios, and those of CPU seconds before those by the clock.
 """
 
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.data_arms import BARE, DALI_READER, DATA_LOADER, FILLING, Arm, Outcome, arms, run
-from benchmarks.data_records import working_copy
-from benchmarks.report import digits, facts, publish, spread
+from benchmarks.loaders.arms import BARE, DALI_READER, DATA_LOADER, FILLING, Arm, Outcome, arms, run
+from benchmarks.loaders.records import working_copy
+from benchmarks.measuring.report import digits, facts, publish, spread
 from data.errors import DataError
 from data.rec.records import RecordSet
 
@@ -39,7 +39,7 @@ _LEGEND = {
     "to floats": "ours hand out bytes, which training normalises on its device, and the two peers floats; this way "
     "normalises as well, in the consumer's thread",
     "augmented": "each of configs/augment.py's changes comes to 0.2 of the images",
-    "peers": "written by us from a description, kinder than they are (benchmarks/data_peers.py)",
+    "peers": "written by us from a description, kinder than they are (benchmarks/loaders/peers.py)",
 }
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.report import digits, facts, publish
+from benchmarks.measuring.report import digits, facts, publish
 from data.__main__ import main as data
 from data.commands.arguments import whole
 from tests.launches import Launch

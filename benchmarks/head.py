@@ -1,9 +1,9 @@
 """How fast is the head, and how much memory does it need, against insightface's Partial FC and other heads?
 
-All heads of `benchmarks.arms` do the same work on the same centres, in one process, in turns: over all classes, and
-over sampled shares of them. Medians over several turns after a warm-up. Quote the ratios: times of different machines,
-or of different runs, do not compare. What counts is the whole step: ours computes the centres' gradient in the
-optimizer.
+All heads of `benchmarks.heads.arms` do the same work on the same centres, in one process, in turns: over all classes,
+and over sampled shares of them. Medians over several turns after a warm-up. Quote the ratios: times of different
+machines, or of different runs, do not compare. What counts is the whole step: ours computes the centres' gradient in
+the optimizer.
 
 Legend: B rows of the batch, D embedding size, C classes, S of them that take part.
 """
@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arm_memory import extra_in_own_process
-from benchmarks.arms import OURS, Arm, Problem, arms_of
-from benchmarks.options import check_sizes
-from benchmarks.plot import save_step_plot
-from benchmarks.report import facts, publish
-from benchmarks.roofline import gemm_peak, head_flops
-from benchmarks.rows import HEADER, ONLY_IN_FILE, Row, ceilings, cells
+from benchmarks.heads.arm_memory import extra_in_own_process
+from benchmarks.heads.arms import OURS, Arm, Problem, arms_of
+from benchmarks.heads.plot import save_step_plot
+from benchmarks.heads.rows import HEADER, ONLY_IN_FILE, Row, ceilings, cells
+from benchmarks.measuring.options import check_sizes
+from benchmarks.measuring.report import facts, publish
+from benchmarks.measuring.roofline import gemm_peak, head_flops
 from configs.schema import ConfigError, HeadConfig, TrainConfig
 from training.distributed import Ranks, open_ranks
 

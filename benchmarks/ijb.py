@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.report import digits, facts, publish
+from benchmarks.measuring.report import digits, facts, publish
 from data.commands.arguments import whole
 from evaluation.embed.files import EmbeddingFile
 from evaluation.ijb.files import read_images

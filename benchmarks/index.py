@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.report import digits, facts, publish
+from benchmarks.measuring.report import digits, facts, publish
 from data.commands.arguments import whole
 from data.rec.index import read_index
 from data.rec.recordio import Records

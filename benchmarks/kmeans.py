@@ -1,8 +1,8 @@
 """How fast are whole iterations of spherical k-means, against faiss and a plain loop in torch, and as good?
 
-All ways of `benchmarks.kmeans_arms` make the same number of iterations on the same points from the same centres (points
-drawn at random), in one process, in turns. `--points` and `--clusters` may be several: every pair of them is run, and
-the plot shows how time grows. Quote the ratios.
+All ways of `benchmarks.clusters.kmeans_arms` make the same number of iterations on the same points from the same
+centres (points drawn at random), in one process, in turns. `--points` and `--clusters` may be several: every pair of
+them is run, and the plot shows how time grows. Quote the ratios.
 
 Legend: N points, K clusters, D embedding size.
 """
@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.kmeans_arms import DATA, EVERYTHING, FAISS, FLASH, OURS, Outcome, arms, objective
-from benchmarks.kmeans_plot import save_scaling_plot
-from benchmarks.report import digits, facts, publish, spread
-from benchmarks.roofline import gemm_peak
+from benchmarks.clusters.kmeans_arms import DATA, EVERYTHING, FAISS, FLASH, OURS, Outcome, arms, objective
+from benchmarks.clusters.kmeans_plot import save_scaling_plot
+from benchmarks.measuring.report import digits, facts, publish, spread
+from benchmarks.measuring.roofline import gemm_peak
 from configs.schema import ConfigError, TrainConfig
 from training.distributed import Ranks, open_ranks
 

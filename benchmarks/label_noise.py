@@ -25,8 +25,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from benchmarks.label_noise_data import Plan, Planted, pack_planted
-from benchmarks.report import facts, publish
+from benchmarks.clusters.label_noise_data import Plan, Planted, pack_planted
+from benchmarks.measuring.report import facts, publish
 from clustering.report.data import labelled
 from clustering.report.find import find_all
 from clustering.report.findings import Findings

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.demo_report import parser_of, report
-from benchmarks.demo_runs import runs_of, train
-from benchmarks.report import facts
+from benchmarks.demos.report import parser_of, report
+from benchmarks.demos.runs import runs_of, train
+from benchmarks.measuring.report import facts
 from training.demo import DemoError
 
 _MODULE = "benchmarks.losses"

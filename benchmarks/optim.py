@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.options import check_sizes
-from benchmarks.report import digits, facts, publish, spread
+from benchmarks.measuring.options import check_sizes
+from benchmarks.measuring.report import digits, facts, publish, spread
 from configs.schema import ConfigError, HeadConfig, TrainConfig
 from partial_fc.collectives import gather_batch
 from partial_fc.head import PartialFCHead

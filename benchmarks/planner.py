@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from benchmarks.planner_child import memory_of, time_of
-from benchmarks.planner_fit import fit_factors
-from benchmarks.planner_gpus import gpu_rows, others_rows
-from benchmarks.report import digits, facts, publish
+from benchmarks.measuring.report import digits, facts, publish
+from benchmarks.planning.child import memory_of, time_of
+from benchmarks.planning.fit import fit_factors
+from benchmarks.planning.gpus import gpu_rows, others_rows
 from configs.load import load_config
 from training.plan.devices import CPU, device_of
 from training.plan.links import BETWEEN

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import facts, publish
-from benchmarks.service_demo import UNTIMED, demo_times
-from benchmarks.service_parts import Part, measure_parts
+from benchmarks.clusters.service_demo import UNTIMED, demo_times
+from benchmarks.clusters.service_parts import Part, measure_parts
+from benchmarks.measuring.report import facts, publish
 from configs.schema import ConfigError, TrainConfig
 from training.demo import SMALL, DemoError, Size, pack
 from training.distributed import open_ranks

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones import IMAGE_SIZE, build_backbone
-from benchmarks.report import facts, publish
+from benchmarks.measuring.report import facts, publish
 from benchmarks.service import HEADER, step_rows
 from clustering.service.service import ClusterService
 from configs.load import load_config

@@ -24,11 +24,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import survival_ends, survival_group, survival_kills
-from benchmarks.report import digits, facts, publish
-from benchmarks.survival_group import Fault, Group
-from benchmarks.survival_runs import Run, UnexpectedError, compare, pack, undisturbed
-from benchmarks.survival_samples import Growth, growths, save_plot
+from benchmarks.measuring.report import digits, facts, publish
+from benchmarks.surviving import ends as survival_ends
+from benchmarks.surviving import group as survival_group
+from benchmarks.surviving import kills as survival_kills
+from benchmarks.surviving.group import Fault, Group
+from benchmarks.surviving.runs import Run, UnexpectedError, compare, pack, undisturbed
+from benchmarks.surviving.samples import Growth, growths, save_plot
 from data.commands.arguments import whole
 
 _KILLS = ("kill", "what was going on", "rank", "resumed at", "steps again", "s")

@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.report import digits, facts, publish, spread
-from benchmarks.tally import Tally
+from benchmarks.measuring.report import digits, facts, publish, spread
+from benchmarks.measuring.tally import Tally
 from configs.schema import HeadConfig, TrainConfig
 from partial_fc.head import PartialFCHead
 from partial_fc.optim import CentreSGD

@@ -22,7 +22,7 @@ from benchmarks.experiments.glyphs import MissingFontsError
 from benchmarks.experiments.pools import KINDS
 from benchmarks.experiments.runs import LinesError, Result, execute, read_results
 from benchmarks.experiments.tiers import TIERS
-from benchmarks.report import facts
+from benchmarks.measuring.report import facts
 
 _MODULE = "benchmarks.experiments"
 _RESULTS = Path(__file__).parents[1] / "results"

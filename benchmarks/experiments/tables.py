@@ -19,7 +19,7 @@ from benchmarks.experiments.plan import (
 from benchmarks.experiments.runs import Result
 from benchmarks.experiments.statistics import Comparison, compare, holm
 from benchmarks.experiments.tiers import TIERS
-from benchmarks.report import markdown_table
+from benchmarks.measuring.report import markdown_table
 
 HEADER = (
     "seeds",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from backbones import Backbone, build_backbone
 from backbones.iresnet import BLOCKS
 from benchmarks import backbones
-from benchmarks.activations import bytes_per_image
 from benchmarks.backbones import ARMS, HEADER, PUBLISHED, main
+from benchmarks.planning.activations import bytes_per_image
 from training.showing.flops import forward_flops
 
 

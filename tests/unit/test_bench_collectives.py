@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.collectives import OURS, OURS_BF16, PATTERNS, THEIRS, Batch, check_head, count, main
-from benchmarks.tally import Tally
+from benchmarks.measuring.tally import Tally
 from tests.ranks import RankPool, ranks_of
 
 ROOT = Path(__file__).parents[2]

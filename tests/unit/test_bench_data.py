@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import data
-from benchmarks.data_arms import (
+from benchmarks.loaders.arms import (
     AUGMENTED,
     BARE,
     DALI_READER,
@@ -25,8 +25,8 @@ from benchmarks.data_arms import (
     arms,
     run,
 )
-from benchmarks.data_peers import RecordDataset, dali_reader, data_loader
-from benchmarks.data_records import working_copy
+from benchmarks.loaders.peers import RecordDataset, dali_reader, data_loader
+from benchmarks.loaders.records import working_copy
 from data.loading.decode import decode_image
 from tests.image_cases import SIZE, damaged_images, jpeg, odd_images
 from tests.record_files import Record, image_record, write_set

@@ -15,12 +15,12 @@ import torch
 from torch.distributed import HashStore
 
 from benchmarks import head
-from benchmarks.arm_memory import extra_in_own_process
-from benchmarks.arms import DENSE, OURS, STYLE, Arm, Problem, arms_of
-from benchmarks.plot import power_law, save_step_plot, series
-from benchmarks.rivals import RIVALS, load_rivals, rival_margin_free_loss
-from benchmarks.roofline import gemm_peak, head_flops
-from benchmarks.rows import HEADER, Row, ceilings, cells
+from benchmarks.heads.arm_memory import extra_in_own_process
+from benchmarks.heads.arms import DENSE, OURS, STYLE, Arm, Problem, arms_of
+from benchmarks.heads.plot import power_law, save_step_plot, series
+from benchmarks.heads.rivals import RIVALS, load_rivals, rival_margin_free_loss
+from benchmarks.heads.rows import HEADER, Row, ceilings, cells
+from benchmarks.measuring.roofline import gemm_peak, head_flops
 from configs.schema import HeadConfig
 from training.distributed import Ranks
 
@@ -211,7 +211,7 @@ def test_roofline_of_a_cpu() -> None:
 
 _PEAK = """
 import torch
-from benchmarks.memory import peak_extra
+from benchmarks.measuring.memory import peak_extra
 
 kept = []
 def work():

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import kmeans
-from benchmarks.kmeans_arms import FAISS, OURS, face_like, objective, unstructured
-from benchmarks.kmeans_plot import save_scaling_plot
+from benchmarks.clusters.kmeans_arms import FAISS, OURS, face_like, objective, unstructured
+from benchmarks.clusters.kmeans_plot import save_scaling_plot
 
 TINY = ("--dim", "32", "--threads", "1", "--device", "cpu", "--iterations", "2")
 

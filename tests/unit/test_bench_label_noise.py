@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.clusters.label_noise_data import Plan, plant
 from benchmarks.label_noise import Result, cells, compare, names_right
-from benchmarks.label_noise_data import Plan, plant
 from clustering.report.findings import Copy, Duplicate, Findings, Noise, Split
 from clustering.report.groups import Cut
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import train_dist
-from benchmarks import demo_runs, hard_negatives, losses
-from benchmarks.demo_report import HEADER, cells
-from benchmarks.demo_runs import CONFIG, Run, command, read_results, result_of, runs_of, train
+from benchmarks import hard_negatives, losses
+from benchmarks.demos import runs as demo_runs
+from benchmarks.demos.report import HEADER, cells
+from benchmarks.demos.runs import CONFIG, Run, command, read_results, result_of, runs_of, train
 from configs.load import load_config
 from data.order.sampler import BatchPlan
 from training.demo import DemoError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.partial_fc_style import partial_fc_style_loss, sampled_rows
+from benchmarks.heads.partial_fc_style import partial_fc_style_loss, sampled_rows
 from configs.schema import HeadConfig
 from partial_fc.collectives import gather_batch
 from partial_fc.head import PartialFCHead

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.planner import CASES, HEADER, cells, planned, pooled
-from benchmarks.planner_fit import fit_factors, work_of_step
+from benchmarks.planning.fit import fit_factors, work_of_step
 from configs.load import load_config
 from training.plan.planner import Dataset, Scenario, replace
 from training.plan.work import Resource

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from benchmarks.planner_gpus import gpu_rows, scenario_of
+from benchmarks.planning.gpus import gpu_rows, scenario_of
 from clustering.service.schedule import RefreshSchedule
 from configs.load import load_config
 from configs.schema import ConfigError

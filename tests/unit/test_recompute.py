@@ -16,7 +16,7 @@ from backbones import Backbone, build_backbone
 from backbones.iresnet import BLOCKS, IResNet
 from backbones.recompute import Part, recompute
 from backbones.vit import VisionTransformer
-from benchmarks.activations import Bytes, bytes_per_image
+from benchmarks.planning.activations import Bytes, bytes_per_image
 from configs.schema import ConfigError, ModelConfig
 
 NETS = ("iresnet10", "mobilefacenet", "small", "vit")

@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 
-from benchmarks.arms import DENSE, OURS, STYLE, Arm, Problem
-from benchmarks.memory import peak_extra
-from benchmarks.rivals import RIVALS
+from benchmarks.heads.arms import DENSE, OURS, STYLE, Arm, Problem
+from benchmarks.heads.rivals import RIVALS
+from benchmarks.measuring.memory import peak_extra
 from configs.schema import HeadConfig, TrainConfig
 from training.distributed import open_ranks
 
@@ -25,11 +25,11 @@ def extra_in_own_process(
     values |= {"device": device, "threads": threads, "seed": seed}
     values |= {"impl": config.impl, "centre-dtype": config.centre_dtype}
     child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.arm_memory", *(f"--{name}={value}" for name, value in values.items())],
+        [sys.executable, "-m", "benchmarks.heads.arm_memory", *(f"--{name}={value}" for name, value in values.items())],
         stdout=subprocess.PIPE,
         text=True,
         check=False,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # see benchmarks.memory
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # see benchmarks.measuring.memory
     )
     if child.returncode:
         raise RuntimeError(f"memory of {arm} at {classes} classes: exit code {child.returncode}")
@@ -38,7 +38,7 @@ def extra_in_own_process(
 
 def main() -> None:
     """Print the bytes, or a word where they are not known."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.arm_memory", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.heads.arm_memory", description=__doc__)
     parser.add_argument("--kind", choices=(STYLE, DENSE, OURS, *RIVALS), required=True)
     parser.add_argument("--rate", type=float, required=True)
     for name in ("device", "impl", "centre-dtype"):

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.arms import STYLE, Arm
-from benchmarks.report import digits, spread
+from benchmarks.heads.arms import STYLE, Arm
+from benchmarks.measuring.report import digits, spread
 
 HEADER = (
     "classes",

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.plot import _COLOURS
+from benchmarks.heads.plot import _COLOURS
 
 _MARKERS = "osD^v<>PX*"
 

@@ -13,7 +13,7 @@ from training.trainer import Trainer
 
 UNTIMED = 2
 """Epochs before: in the first one the bank fills, in the second one the first version is made."""
-_CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
+_CONFIG = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
 
 @dataclass(frozen=True, slots=True)

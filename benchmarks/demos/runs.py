@@ -30,7 +30,7 @@ from data.order.sampler import BatchPlan
 from data.rec.records import RecordSet
 from training.demo import Size, pack
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "demo.yaml"
 DATA = Path("runs/demo/data")
 _NEVER = 1_000_000

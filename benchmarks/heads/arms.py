@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.partial_fc_style import partial_fc_style_loss
-from benchmarks.rivals import RIVALS, RivalLoss, load_rivals, rival_margin_free_loss
+from benchmarks.heads.partial_fc_style import partial_fc_style_loss
+from benchmarks.heads.rivals import RIVALS, RivalLoss, load_rivals, rival_margin_free_loss
 from configs.schema import HeadConfig
 from partial_fc.collectives import gather_batch
 from partial_fc.head import PartialFCHead

@@ -28,7 +28,7 @@ from training.checkpoint.manifest import NAME
 
 RANKS, BATCH, IDENTITIES, IMAGES = 2, 12, 24, 8
 STEPS_PER_EPOCH = IDENTITIES * IMAGES // (RANKS * BATCH)
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _SETTINGS = (
     *("model.backbone=small", "model.embedding_size=16", "head.scale=16", "head.margin=0.3"),
     *("clustering.margin_low=0.15", "clustering.margin_high=0.45", "clustering.block=16"),

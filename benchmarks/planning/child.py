@@ -41,7 +41,8 @@ _JUMP = 25
 def memory_of(case: Mapping[str, Any]) -> dict[str, int]:
     """`held` and `peak` in bytes. case: `settings` as of --set, `classes`, `samples`. RuntimeError if a process fails.
 
-    Memory that is freed goes back to the system at once: that shows what is in use, but costs time (benchmarks.memory).
+    Memory that is freed goes back to the system at once: that shows what is in use, but costs time
+    (benchmarks.measuring.memory).
     """
     found: dict[str, int] = _in_own_process(case, what="memory", MALLOC_MMAP_THRESHOLD_="65536")
     return found
@@ -54,7 +55,7 @@ def time_of(case: Mapping[str, Any], *, steps: int) -> dict[str, Any]:
 
 def _in_own_process(case: Mapping[str, Any], *, what: str, **environment: str) -> dict[str, Any]:
     child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.planner_child", json.dumps({**case, "what": what})],
+        [sys.executable, "-m", "benchmarks.planning.child", json.dumps({**case, "what": what})],
         stdout=subprocess.PIPE,
         text=True,
         check=False,

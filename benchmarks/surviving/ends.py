@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.survival_group import Fault
-from benchmarks.survival_runs import RANKS, STEPS_PER_EPOCH, Recipe, Run, compare
+from benchmarks.surviving.group import Fault
+from benchmarks.surviving.runs import RANKS, STEPS_PER_EPOCH, Recipe, Run, compare
 from training.checkpoint.folder import LATEST, folder_of
 
 _STRETCH, _EVERY, _KEPT = 32, 4, 3

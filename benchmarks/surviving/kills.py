@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.survival_runs import RANKS, STEPS_PER_EPOCH, Recipe, Run, UnexpectedError
+from benchmarks.surviving.runs import RANKS, STEPS_PER_EPOCH, Recipe, Run, UnexpectedError
 from training.checkpoint.manifest import NAME
 
 _STRETCH = 32

@@ -1,4 +1,4 @@
-"""The records that all ways of `benchmarks.data_arms` read: the first of a set, or drawn faces, in a temporary folder.
+"""The records that all ways of `benchmarks.loaders.arms` read, in a temporary folder: the first of a set, or faces.
 
 Without identity headers, as DALI's reader takes every record of the index for an image and its decoder fails on them;
 and good JPEGs alone, as DALI and a bare loop end at the first image that is none. The file has just been written and

@@ -22,7 +22,7 @@ import simplejpeg
 import torch
 
 from backbones.base import normalise_pixels
-from benchmarks.data_peers import WORKERS, Batches, dali_reader, data_loader
+from benchmarks.loaders.peers import WORKERS, Batches, dali_reader, data_loader
 from configs.augment import AugmentConfig
 from configs.schema import DataConfig
 from data.loading.loader import build_loader
@@ -79,7 +79,7 @@ def _cpu_seconds() -> float:
 def arms(
     records: RecordSet, *, batch: int, threads: Sequence[int], device: torch.device
 ) -> tuple[list[Arm], dict[str, str]]:
-    """Ways that can run here, and why the others are left out. records: as `benchmarks.data_records` makes them."""
+    """Ways that can run here, and why the others are left out. records: as `benchmarks.loaders.records` makes them."""
     encoded = [records.image(sample)[1] for sample in range(records.num_samples)]
     left_out: dict[str, str] = {}
     try:

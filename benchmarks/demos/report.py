@@ -1,4 +1,4 @@
-"""Command line and table of the benchmarks that train on the demo's faces (`benchmarks.demo_runs`)."""
+"""Command line and table of the benchmarks that train on the demo's faces (`benchmarks.demos.runs`)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.demo_runs import Result
-from benchmarks.report import publish
+from benchmarks.demos.runs import Result
+from benchmarks.measuring.report import publish
 
 HEADER = ("seeds", "arm", "classes", "loss", "accuracy %", "of each", "TAR %", "of each seed")
 ONLY_IN_FILE = ("classes", "of each", "of each seed")

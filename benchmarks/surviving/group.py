@@ -12,9 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.survival_disk import Disk, pages
-from benchmarks.survival_runs import RANKS, Recipe, Run
-from benchmarks.survival_samples import Sample, Sampler
+from benchmarks.surviving.disk import Disk, pages
+from benchmarks.surviving.runs import RANKS, Recipe, Run
+from benchmarks.surviving.samples import Sample, Sampler
 from training.checkpoint.folder import folder_of
 from training.checkpoint.manifest import NAME
 

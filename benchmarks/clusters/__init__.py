@@ -1,0 +1,1 @@
+"""K-means in several ways, parts of the cluster service, faces with planted faults."""

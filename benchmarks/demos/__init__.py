@@ -1,0 +1,1 @@
+"""Trainings on the demo's faces that differ in a few settings."""

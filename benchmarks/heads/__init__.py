@@ -1,0 +1,1 @@
+"""Heads that are compared, with their memory, rows and plots."""

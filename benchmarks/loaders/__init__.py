@@ -1,0 +1,1 @@
+"""Ways to read the same records, and the records."""

@@ -1,0 +1,1 @@
+"""What every benchmark needs: results and their files, rates of products, memory at its peak, collectives counted."""

@@ -1,0 +1,1 @@
+"""What the capacity planner is held against."""

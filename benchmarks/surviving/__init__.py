@@ -1,0 +1,1 @@
+"""Faults, and trainings that live through them."""
