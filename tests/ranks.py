@@ -1,9 +1,10 @@
 """A pool of gloo ranks that lives for the whole test session.
 
 Starting a process that imports torch takes seconds; the suite holds hundreds of comparisons of 1, 2 and 4
-ranks. So four workers are started once, each makes the groups of the first 1, 2, 3 and 4, and a test sends them a
-module-level function `fn(group, *args)`. Results come back in rank order; an exception in any rank is raised
-in the test with that rank's traceback; a hang is ended after `timeout` seconds and the pool starts afresh.
+ranks. So four workers are started once, as forks of a process that has imported what they need; each makes the groups of
+the first 1, 2, 3 and 4, and a test sends them a module-level function `fn(group, *args)`. Results come back in rank
+order; an exception in any rank is raised in the test with that rank's traceback; a hang is ended after `timeout`
+seconds and the pool starts afresh.
 """
 
 from __future__ import annotations
@@ -40,11 +41,7 @@ def _work(rank: int, rendezvous: str, pipe: multiprocessing.connection.Connectio
     )
     groups = {world: dist.new_group(list(range(world))) for world in _GROUPS}
     while True:
-        job = pipe.recv()
-        if job is None:
-            dist.destroy_process_group()
-            return
-        world, fn, args = job
+        world, fn, args = pipe.recv()
         try:
             pipe.send(("ok", fn(groups[world], *args)))
         except BaseException:
@@ -59,7 +56,8 @@ class RankPool:
         self._workers: list[Any] = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["training.trainer"])
         rendezvous = str(Path(tempfile.mkdtemp(prefix="ranks-")) / "rendezvous")
         for rank in range(max(WORLD_SIZES)):
             ours, theirs = context.Pipe()
@@ -78,24 +76,20 @@ class RankPool:
         answers: list[Any] = []
         for rank, pipe in enumerate(self._pipes[:world_size]):
             if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                self.close(kill=True)
+                self.close()
                 raise TimeoutError(f"rank {rank} of {world_size} gave no answer within {timeout} s")
             answers.append(pipe.recv())
         failures = [f"rank {rank}:\n{text}" for rank, (kind, text) in enumerate(answers) if kind == "error"]
         if failures:
-            self.close(kill=True)  # the other ranks may sit in a collective that nobody will join
+            self.close()  # the other ranks may sit in a collective that nobody will join
             raise AssertionError("\n".join(failures))
         return [value for _, value in answers]
 
-    def close(self, kill: bool = False) -> None:
-        for pipe, worker in zip(self._pipes, self._workers, strict=True):
-            if kill:
-                worker.kill()
-            else:
-                pipe.send(None)
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()  # nothing is left that would be worth the seconds of an orderly end
+        for worker in self._workers:
             worker.join(20)
-            if worker.is_alive():
-                worker.kill()
         self._pipes, self._workers = [], []
 
 

@@ -129,7 +129,7 @@ def test_a_save_that_one_rank_never_ends_does_not_count(ranks: RankPool, tmp_pat
     ranks.run(2, _save_three, tmp_path)
     assert ranks.run(2, _save_and_leave, tmp_path) == [True, True]
     assert (tmp_path / "latest").read_text() == "step_000000015\n"
-    ranks.close(kill=True)  # with the threads that wait
+    ranks.close()  # with the threads that wait
 
 
 def _save_where_nothing_can_be_removed(group: dist.ProcessGroup, output: Path) -> list[str]:
