@@ -19,8 +19,11 @@ $(STAMP): setup.py constraints.txt scripts/make_venv.sh
 demo: $(STAMP)  ## pack records, train on 2 ranks with clusters, print a table (10 minutes at most on 2 cores)
 	@$(BIN)/python -m training.demo
 
-test: lint  ## lint, types and all tests
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Files of tests at a time: one more than the cores of a small machine, as some of them wait. Each takes 3 GB at the most.
+WORKERS ?= 3
+
+test: lint  ## lint, types and all tests (WORKERS=8 for a larger machine, 3 GB each)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-docs: $(STAMP)  ## README's commands too, the site in a browser, the wheel in a clean environment
 	@OMP_NUM_THREADS=1 CLUSTERFACE_TEST_DOCS=1 $(BIN)/pytest --durations=10 tests/docs

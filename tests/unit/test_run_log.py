@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def test_a_resumed_run_hides_the_steps_it_does_again_and_only_them(tmp_path: Pat
     for step in (5, 10, 12):
         first.scalars(step, {"loss/total": float(step)})
     first.close()
+    time.sleep(1 - time.time() % 1)  # files of a second are read in the order of a counter in their names, as text
     second = _log(tmp_path, first_step=10)
     for step in (12, 15):
         second.scalars(step, {"loss/total": 100.0 + step})
