@@ -1,10 +1,10 @@
 """A pool of gloo ranks that lives for the whole test session.
 
 Starting a process that imports torch takes seconds; the suite holds hundreds of comparisons of 1, 2 and 4
-ranks. So four workers are started once, as forks of a process that has imported what they need; each makes the groups of
-the first 1, 2, 3 and 4, and a test sends them a module-level function `fn(group, *args)`. Results come back in rank
-order; an exception in any rank is raised in the test with that rank's traceback; a hang is ended after `timeout`
-seconds and the pool starts afresh.
+ranks. So four workers are started once, as forks of a process that has imported what they need; each makes the
+groups of the first 1, 2, 3 and 4, and a test sends them a module-level function `fn(group, *args)`. Results come
+back in rank order; an exception in any rank is raised in the test with that rank's traceback; a hang is ended
+after `timeout` seconds and the pool starts afresh.
 """
 
 from __future__ import annotations
