@@ -19,6 +19,8 @@ from configs.schema import ClusteringConfig
 SCALE = 24.0  # some hundred classes; configs/head.py says 30 for fewer than some thousand
 AGAINST = ("full, levels shuffled", "full, all shuffled")
 """Placebos of the primary questions."""
+AGREED_AGAINST = ("full, agreed, levels shuffled", "full, agreed, all shuffled")
+"""The same for what the defaults are now."""
 _KAPPA_MARGINS = (0.7, 1.0, 1.3)  # their mean margin is a third to two thirds of it
 _SPREAD = 0.15  # bounds of class margins about their mean
 _OFF: dict[str, Any] = {
@@ -72,6 +74,7 @@ SURE = "full, sure"
 AGREED = "full, agreed"
 """What the defaults of configs/schema.py are."""
 _FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
+_AGREED: dict[str, Any] = {**_FULL, "drop_from": 0.05, "drop_kept": 0.4}
 
 
 def is_arcface(name: str) -> bool:
@@ -97,7 +100,7 @@ def arms_of(margins: tuple[float, ...]) -> dict[str, Arm]:
         AGREED: Arm(
             "the same, if two fifths of the last version's suspects still are as well",
             margins,
-            _clusters(**{**_FULL, "drop_from": 0.05, "drop_kept": 0.4}),
+            _clusters(**_AGREED),
             like="full",
         ),
         "full, one margin": Arm("the same with one margin for all", margins, _clusters(**{**_FULL, "direction": 0})),
@@ -108,5 +111,17 @@ def arms_of(margins: tuple[float, ...]) -> dict[str, Arm]:
             "placebo: besides, classes as clusters, and suspects by lot",
             margins,
             _clusters("shuffled everything", **_FULL),
+        ),
+        AGREED_AGAINST[0]: Arm(
+            "placebo of agreed: the hard level of another class",
+            margins,
+            _clusters("shuffled levels", **_AGREED),
+            like=AGAINST[0],
+        ),
+        AGREED_AGAINST[1]: Arm(
+            "placebo of agreed: besides, classes as clusters, and suspects by lot",
+            margins,
+            _clusters("shuffled everything", **_AGREED),
+            like=AGAINST[1],
         ),
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.arms import AGAINST, AGREED, SURE, is_arcface
+from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, SURE, is_arcface
 from benchmarks.experiments.plan import (
     PRIMARY_CELLS,
     WORSE_AT_MOST,
@@ -102,10 +102,14 @@ def _suspects(results: Sequence[Result]) -> str:
 
 
 def fresh_answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
-    """Of a later round's runs: does what was changed do harm on clean data, against the ArcFace that ran there?"""
+    """Of a later round's runs: does what was changed do harm on clean data, against the ArcFace that ran there? In the
+    noisy cell: the primary questions, where their runs are.
+    """
     lines = []
     for (kind, cell), arms in sorted(cells.items()):
         best = best_arcface(arms)
+        if cell == PRIMARY_CELLS[0] and best and all(name in arms for name in (AGREED, *AGREED_AGAINST)):
+            lines += _primary(f"{kind}, {cell}, fresh seeds", arms, AGREED, (best, *AGREED_AGAINST))
         for name in (SURE, AGREED):
             if cell == PRIMARY_CELLS[1] and best and (found := paired(arms, name, best)):
                 said = "no" if found.mean >= -WORSE_AT_MOST else "yes"
@@ -123,19 +127,11 @@ def answers(cells: Mapping[tuple[str, str], By_arm], tier: str) -> list[str]:
     arcface, lines = TIERS[tier].arcface, []
     for kind in sorted({kind for kind, _ in cells}):
         arms = cells.get((kind, noisy), {})
-        found = {}
         if _complete(arms, ("full", *arcface, *AGAINST)):
             others = [other for other in (best_arcface(arms), *AGAINST) if other]
-            found = {other: comparison for other in others if (comparison := paired(arms, "full", other))}
+            lines += _primary(f"{kind}, {noisy}", arms, "full", others)
         elif arms:
             lines.append(f"{kind}, {noisy}: not answered yet: runs are missing")
-        adjusted = holm({other: comparison.p for other, comparison in found.items()})
-        for other, comparison in found.items():
-            won = comparison.mean > 0 and adjusted[other] < 0.05
-            said = "yes" if won else "no"
-            lines.append(
-                f"{kind}, {noisy}: full above {other}? {said}: {_difference(comparison)}, p {adjusted[other]:.3f}"
-            )
         best = best_arcface(arms)
         if best and _complete(arms, (AGREED, *arcface)) and (later := paired(arms, AGREED, best)):
             lines.append(f"{kind}, {noisy}: {AGREED} against {best}, run later: {_difference(later)}, p {later.p:.3f}")
@@ -146,6 +142,18 @@ def answers(cells: Mapping[tuple[str, str], By_arm], tier: str) -> list[str]:
             lines.append(
                 f"{kind}, {clean}: full worse than {best} by over {WORSE_AT_MOST}? {said}: {_difference(harmless)}"
             )
+    return lines
+
+
+def _primary(where: str, arms: By_arm, name: str, others: Sequence[str]) -> list[str]:
+    """Is the arm above each of the others? With Holm's correction over them."""
+    found = {other: comparison for other in others if (comparison := paired(arms, name, other))}
+    adjusted = holm({other: comparison.p for other, comparison in found.items()})
+    lines = []
+    for other, comparison in found.items():
+        won = comparison.mean > 0 and adjusted[other] < 0.05
+        said = "yes" if won else "no"
+        lines.append(f"{where}: {name} above {other}? {said}: {_difference(comparison)}, p {adjusted[other]:.3f}")
     return lines
 
 

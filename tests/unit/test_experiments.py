@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from benchmarks.experiments import glyphs, plan, runs, tables
 from benchmarks.experiments.__main__ import main as experiments
-from benchmarks.experiments.arms import AGAINST, AGREED, SURE
+from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, SURE
 from benchmarks.experiments.cells import CELLS, Cell, make_split, true_accept_rates
 from benchmarks.experiments.fitting import Recipe, fit
 from benchmarks.experiments.nets import SmallMLP
@@ -122,7 +122,7 @@ def test_every_arm_may_try_as_often(tier: Tier) -> None:
 
 def test_seeds_of_tuning_are_not_those_that_count() -> None:
     seeds = [*plan.TUNING_SEEDS, *(seed for round_ in (0, *plan.ROUNDS) for seed in plan.seeds_of(round_))]
-    assert len(set(seeds)) == len(seeds) == 32
+    assert len(set(seeds)) == len(seeds) == 42
 
 
 FEATURES = TIERS["features"]
@@ -220,8 +220,8 @@ def test_answers_name_the_best_arcface_of_the_runs_and_correct_for_three_questio
 
 def test_the_lines_on_record_still_count() -> None:
     """A new setting, or another default, makes every line another run's: `arms._OFF` keeps what they had."""
-    file = Path(runs.__file__).parents[1] / "results" / "experiments.jsonl"
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    files = sorted((Path(runs.__file__).parents[1] / "results").glob("experiments*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     count = {key: sum(map(runs._is_current, group)) for key, group in _by_arm(lines).items()}
     assert all(count[tier, arm] >= 10 for tier in TIERS for arm in TIERS[tier].arms if (tier, arm) in count)
     assert {arm for tier, arm in count if tier == "images"} == set(TIERS["images"].arms)
@@ -248,6 +248,28 @@ def test_fresh_seeds_answer_for_what_was_changed() -> None:
     assert tables.group(lines, "features") == {}
     (said,) = tables.fresh_answers(tables.group(lines, "features", plan.seeds_of(1)))
     assert said.startswith("faces, clean, 4 fresh seeds: full, sure worse than arcface 0.3 by over 0.2? no: -0.10")
+
+
+def test_a_later_round_may_ask_the_primary_questions_again() -> None:
+    against = ("arcface 0.3", *AGREED_AGAINST)
+    tries = ("arcface 0.3", "full", *AGAINST)  # the others are like these
+    lines = [
+        _line(name, margin, seed, validation=float(margin == 0.3))
+        for name in tries
+        for margin in FEATURES.arms[name].margins
+        for seed in plan.TUNING_SEEDS
+    ]
+    for seed in plan.seeds_of(3):
+        lines.append(_line(AGREED, 0.3, seed, test=22.0 + 0.1 * seed))
+        lines += [
+            _line(name, 0.3, seed, test=below + 0.13 * seed) for name, below in zip(against, (18, 22, 20), strict=True)
+        ]
+    said = tables.fresh_answers(tables.group(lines, "features", plan.seeds_of(3)))
+    words = [
+        line.partition("faces, noise tail, fresh seeds: full, agreed above ")[2][: len(other) + 6]
+        for line, other in zip(said, against, strict=True)
+    ]
+    assert words == [f"{other}? {answer}" for other, answer in zip(against, ("yes:", "no: ", "yes:"), strict=True)]
 
 
 def _fitted(placebo: str) -> Any:
