@@ -14,7 +14,17 @@ from scripts.docs.links import ROOT
 
 LISTING = ROOT / "tests" / "docs" / "public_api.txt"
 PUBLIC = {
-    "configs": ("configs.schema", "configs.load"),
+    "configs": (
+        "configs.schema",
+        "configs.augment",
+        "configs.clustering",
+        "configs.data",
+        "configs.guard",
+        "configs.head",
+        "configs.monitor",
+        "configs.showing",
+        "configs.load",
+    ),
     "backbones": ("backbones", "backbones.base"),
     "partial_fc": (
         "partial_fc",
