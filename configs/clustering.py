@@ -48,6 +48,9 @@ class ClusteringConfig:
     """But only if they are at least this share of the samples: the few that clean data has are hard, not wrong."""
     drop_kept: float = 0.4
     """And if at least this share of the last version's suspects still are: early ones suspect others each time."""
+    own_centres: bool = True
+    """Centres of the samples of the class that owns the cluster, alone, and for a class that owns none its own mean, so
+    that nobody is pulled towards others; false: centres of all samples in the cluster."""
     warmup_fraction: float = 0.2
     """Share of all steps trained as plain ArcFace."""
     ramp_fraction: float = 0.1

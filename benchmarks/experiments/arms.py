@@ -20,7 +20,7 @@ SCALE = 24.0  # some hundred classes; configs/head.py says 30 for fewer than som
 AGAINST = ("full, levels shuffled", "full, all shuffled")
 """Placebos of the primary questions."""
 AGREED_AGAINST = ("full, agreed, levels shuffled", "full, agreed, all shuffled")
-"""The same for what the defaults are now."""
+"""The same, of agreed."""
 _KAPPA_MARGINS = (0.7, 1.0, 1.3)  # their mean margin is a third to two thirds of it
 _SPREAD = 0.15  # bounds of class margins about their mean
 _OFF: dict[str, Any] = {
@@ -32,6 +32,7 @@ _OFF: dict[str, Any] = {
     "drop_suspects": False,
     "drop_from": 0.0,
     "drop_kept": 0.0,
+    "own_centres": False,
     "block": 4096,
     "bank_momentum": 0.5,
 }
@@ -72,7 +73,8 @@ _PULL: dict[str, Any] = {"contrastive_weight": 0.5}
 _ALIGN: dict[str, Any] = {"alignment_weight": 0.1}
 SURE = "full, sure"
 AGREED = "full, agreed"
-"""What the defaults of configs/schema.py are."""
+OWN = "full, own"
+"""What the defaults of configs/clustering.py are."""
 _FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
 _AGREED: dict[str, Any] = {**_FULL, "drop_from": 0.05, "drop_kept": 0.4}
 
@@ -101,6 +103,12 @@ def arms_of(margins: tuple[float, ...]) -> dict[str, Arm]:
             "the same, if two fifths of the last version's suspects still are as well",
             margins,
             _clusters(**_AGREED),
+            like="full",
+        ),
+        OWN: Arm(
+            "the same, and centres of their owners' samples alone",
+            margins,
+            _clusters(**{**_AGREED, "own_centres": True}),
             like="full",
         ),
         "full, one margin": Arm("the same with one margin for all", margins, _clusters(**{**_FULL, "direction": 0})),

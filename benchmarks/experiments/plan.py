@@ -20,9 +20,11 @@ on seeds of its own (round 1), against the ArcFace that was best on clean images
 versions of a training suspect far more, others each time. So now two fifths of the last version's suspects must be
 suspects still ("full, agreed"; the same development seeds). That is asked in round 2, and in the noisy cell.
 
-Round 3 asks the three primary questions again of "full, agreed", which is what the defaults are, in the noisy cell,
-with placebos that drop as it does, and with all runs on one machine: on faces the placebo that replaces everything had
-been as good as full. Margins are chosen anew there, on the tuning seeds.
+Round 3 asks the three primary questions again of "full, agreed", in the noisy cell, with placebos that drop as it does,
+and with all runs on one machine: on faces the placebo that replaces everything had been as good as full. Margins are
+chosen anew there, on the tuning seeds. It asks the first and the third of "full, own" as well, and whether that does
+harm on clean data: centres of their owners' samples alone, which the placebo has (docs/experiments.md says how it was
+found, on seeds 100 to 103). Decided before its runs, and before a look at the others.
 
 A seed draws training, validation and test identities from the same 1200: seeds are new samples of them, not new people.
 """

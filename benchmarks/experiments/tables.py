@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, SURE, is_arcface
+from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, OWN, SURE, is_arcface
 from benchmarks.experiments.plan import (
     PRIMARY_CELLS,
     WORSE_AT_MOST,
@@ -108,9 +108,10 @@ def fresh_answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
     lines = []
     for (kind, cell), arms in sorted(cells.items()):
         best = best_arcface(arms)
-        if cell == PRIMARY_CELLS[0] and best and all(name in arms for name in (AGREED, *AGREED_AGAINST)):
-            lines += _primary(f"{kind}, {cell}, fresh seeds", arms, AGREED, (best, *AGREED_AGAINST))
-        for name in (SURE, AGREED):
+        for name, others in ((AGREED, AGREED_AGAINST), (OWN, AGREED_AGAINST[1:])):
+            if cell == PRIMARY_CELLS[0] and best and all(arm in arms for arm in (name, *others)):
+                lines += _primary(f"{kind}, {cell}, fresh seeds", arms, name, (best, *others))
+        for name in (SURE, AGREED, OWN):
             if cell == PRIMARY_CELLS[1] and best and (found := paired(arms, name, best)):
                 said = "no" if found.mean >= -WORSE_AT_MOST else "yes"
                 count = len(arms[name].keys() & arms[best].keys())

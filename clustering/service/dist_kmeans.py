@@ -153,13 +153,24 @@ class KMeansRun:
         elif kind == "seed":
             self._seed()
         else:
-            self._mean(rank, part)
+            self._mean(rank, part, self.counted_P, seeded=True)
         self.done += 1
         return self.done < len(self._slices)
 
     def show(self, rank: int) -> Tensor:
         """The centres of `rank`, (S, D), until something else is shown. One broadcast."""
         return show_rows(self.centres_SD, self.shards[rank], rank, self.group, self._shown_XD)
+
+    @property
+    def mean_parts(self) -> int:
+        """Parts in which the points of a rank's clusters are added up; the same on every rank."""
+        return self._mean_parts
+
+    def mean_of(self, rank: int, part: int, taken_P: Tensor) -> None:
+        """A slice that makes centres of `rank` the means of the points taken (bool (P,)) in their clusters; one without
+        keeps what it has. Doing it again changes nothing. One reduce with the last part.
+        """
+        self._mean(rank, part, taken_P, seeded=False)
 
     def work_space(self, rows: int) -> Tensor:
         """int64 zeros (rows, D) for the gate, as many rows as the largest shard of clusters at most; until means."""
@@ -236,13 +247,15 @@ class KMeansRun:
     def _count_(self, counts_K: Tensor) -> None:
         counts_K.copy_(torch.bincount(self.index_P[self.counted_P], minlength=self.num_clusters))
 
-    def _mean(self, rank: int, part: int) -> None:
+    def _mean(self, rank: int, part: int, taken_P: Tensor, *, seeded: bool) -> None:
         first = part if self._summed == (rank, part) else 0  # after resuming, or at the beginning
         sums_SD = self._sums_XD[: self.shards[rank].size]
         if first == 0:
             sums_SD.zero_()
         for number in range(first, part + 1):
-            self._attempt("mean", lambda number=number: self._add_(sums_SD, rank, number), None)  # type: ignore[misc]
+            self._attempt("mean", lambda number=number: self._add_(sums_SD, rank, number, taken_P), None)  # type: ignore[misc]
+            if seeded and number == 0:
+                self._attempt("mean", lambda: self._add_seeds_(sums_SD, rank), None)
         self._summed = (rank, part + 1)
         if part + 1 < self._mean_parts:
             return
@@ -250,18 +263,20 @@ class KMeansRun:
         if rank == self.rank:
             self.centres_SD = self._attempt("mean", lambda: self._centres(sums_SD), self.centres_SD)
 
-    def _add_(self, sums_SD: Tensor, rank: int, part: int) -> None:
-        """Add the counted points, and with the first part the seeds, of the clusters of `rank`."""
+    def _add_(self, sums_SD: Tensor, rank: int, part: int, taken_P: Tensor) -> None:
+        """Add the points taken of the clusters of `rank`."""
         shard = self.shards[rank]
         step = self.added * len(self.shards)
         range_p = slice(part * step, (part + 1) * step)
         index_p = self.index_P[range_p]
-        inside_p = self.counted_P[range_p] & (index_p >= shard.start) & (index_p < shard.stop)
+        inside_p = taken_P[range_p] & (index_p >= shard.start) & (index_p < shard.stop)
         point_Q = inside_p.nonzero()[:, 0] + range_p.start
         add_rows_(sums_SD, self.index_P[point_Q] - shard.start, self.points.x_PD, point_Q)
-        if part == 0:
-            seed_Q = (self.seed_cluster_Q >= shard.start) & (self.seed_cluster_Q < shard.stop)
-            add_rows_(sums_SD, self.seed_cluster_Q[seed_Q] - shard.start, self.points.x_PD, self.seed_point_Q[seed_Q])
+
+    def _add_seeds_(self, sums_SD: Tensor, rank: int) -> None:
+        shard = self.shards[rank]
+        seed_Q = (self.seed_cluster_Q >= shard.start) & (self.seed_cluster_Q < shard.stop)
+        add_rows_(sums_SD, self.seed_cluster_Q[seed_Q] - shard.start, self.points.x_PD, self.seed_point_Q[seed_Q])
 
     def _centres(self, sums_SD: Tensor) -> Tensor:
         centres_SD = unit_or(sums_SD.double(), self.centres_SD.double()).to(self.dtype)

@@ -41,9 +41,10 @@ def dominant_classes(table: CountTable, what: str, guard: Guard, group: dist.Pro
 class Publication:
     """`advance()` does the next stage; after the last one `published` is there, unless something failed here.
 
-    Collectives of all stages: all-reduces of one int64 a cluster (a few, and two a round of the matching), of five
-    float64 a class, of a few numbers, of one int32 a sample, of one float64 a cluster and of the table of neighbours; a
-    broadcast of every rank's centres, one more of its anchors with neighbours.
+    Collectives of all stages: one reduce of every rank's centres with `own_centres`; all-reduces of one int64 a
+    cluster (a few, and two a round of the matching), of five float64 a class, of a few numbers, of one int32 a sample,
+    of one float64 a cluster and of the table of neighbours; a broadcast of every rank's centres, one more of its
+    anchors with neighbours.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Publication:
         self._numbers_5R = torch.zeros(5, shard.size, dtype=torch.float64, device=device)
         self._moved = torch.zeros((), dtype=torch.int64, device=device)
         self._kept_2 = torch.zeros(2, dtype=torch.int64, device=device)  # of the last suspects: still so, all
+        self._owned_P = torch.zeros_like(run.counted_P)
         self._nearest = NearestClasses(
             num_rows=shard.size,
             first_class=shard.start,
@@ -93,11 +95,13 @@ class Publication:
         ranks = range(len(self._class_shards))
         rows = range(0, self._class_shards[0].size, self._run.block) if self._config.hard_negatives else ()
         here = type(self)
+        owned = [(here._own_centres, rank, part) for rank in ranks for part in range(self._run.mean_parts)]
         return [
             (here._count,),
             *((here._cohere, slice(start, start + added)) for start in parts),
             (here._levels_and_margins,),
             (here._match,),
+            *(owned if self._config.own_centres else ()),
             (here._code,),
             *((here._anchors, rank) for rank in ranks),
             (here._weights,),
@@ -190,6 +194,16 @@ class Publication:
 
         self._class_K, self._owner_K = match_classes(self._table, self._group, attempt)
 
+    def _own_centres(self, rank: int, part: int) -> None:
+        """The centres of a rank, of their owners' samples alone."""
+        if rank == part == 0:
+            self._owned_P.copy_(self._guard.run("centres", self._owned, torch.zeros_like(self._owned_P)))
+        self._run.mean_of(rank, part, self._owned_P)
+
+    def _owned(self) -> Tensor:
+        """Counted samples whose class owns the cluster they are in, bool (P,)."""
+        return self._run.counted_P & (self._owner_K[self._run.index_P.clamp_min(0)] == self._bank.class_P)
+
     def _code(self) -> None:
         self._code_I.zero_()
         self._guard.run("assignments", self._fill_code, None)
@@ -267,6 +281,7 @@ class Publication:
             smallest=smallest_margin(self._margin_C, self._margin),
             neighbour_Ck=neighbour_Ck,
             drops_suspects=bool(self._drops),
+            own_centres=self._config.own_centres,
             statistics=self._summary(bank.num_samples),
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clustering.method.contrastive import Candidates
+from clustering.service.pulled import Pulled
 from clustering.step.choice import step_ops
 from clustering.step.plain import Moving
 from partial_fc.collectives import GatheredBatch
@@ -25,6 +25,8 @@ TENSORS = (
     "c_SD", "anchor_RD", "code_I", "class_K", "owner_K", "weight_K", "f_R", "hard_R", "samples_R",
     "margin_R", "smallest", "neighbour_Ck",
 )  # fmt: skip
+
+_NUMBERS = ("version", "drops_suspects", "own_centres")
 
 OF_CLASSES = ("anchor_RD", "f_R", "hard_R", "samples_R", "margin_R")
 """Of the tensors, those cut by class; c_SD is cut by cluster, the others are the same on every rank."""
@@ -61,10 +63,13 @@ class Published:
     """int32, on every rank: the classes nearest to each class when this was published, -1 for none; k may be 0."""
     drops_suspects: bool
     """Whether suspects leave the margin softmax."""
+    own_centres: bool
+    """Whether centres are of their owners' samples alone."""
     statistics: dict[str, float]
     """Scalars for the log, over all ranks."""
     _last: tuple[Tensor, Tensor, tuple[Tensor, Tensor]] | None = field(default=None, init=False, repr=False)
     """Ids, labels and what `cluster_of` said of them: a step asks several times."""
+    _pulled: Pulled | None = field(default=None, init=False, repr=False)
 
     def cluster_of(self, batch: GatheredBatch) -> tuple[Tensor, Tensor]:
         """Cluster of each row, int64 (N,), -1 for none or an unlabelled row; and whether it is suspect, bool (N,)."""
@@ -85,22 +90,42 @@ class Published:
         _, suspect_N = self.cluster_of(batch)
         return torch.where(suspect_N & here_N, smallest, margin_N)
 
+    def pulled(self, shard: Shard, first_class: int) -> Pulled:
+        """What this rank pulls features to; made when it is first asked for, which the host waits for."""
+        if self._pulled is None:
+            self._pulled = Pulled.of(
+                c_SD=self.c_SD,
+                anchor_RD=self.anchor_RD,
+                class_K=self.class_K,
+                owner_K=self.owner_K,
+                weight_K=self.weight_K,
+                shard=shard,
+                first_class=first_class,
+                means=self.own_centres,
+            )
+            self.c_SD = self._pulled.rows_XD[: shard.size]
+        return self._pulled
+
     @torch.no_grad()
     def move(self, batch: GatheredBatch, momentum: float, shard: Shard, first_class: int) -> None:
         """c_k <- unit(momentum c_k + (1 - momentum) mean of the batch's rows of cluster k), suspects left out.
 
-        Rows that are not finite are left out too.
-        An anchor is moved by the same arithmetic as the centre it copies, so that both stay equal. No collective,
-        no host sync.
+        Rows that are not finite are left out too; with `own_centres` those of classes that do not own the cluster, and
+        a class that owns none moves its mean likewise. An anchor is moved by the same arithmetic as the centre or mean
+        that it copies, so that both stay equal. No collective, no host sync but for the version's first.
         """
+        pulled = self.pulled(shard, first_class)
+        cluster_N, suspect_N = self.cluster_of(batch)
+        if self.own_centres:
+            cluster_N = pulled.numbers(cluster_N, batch.labels_N, self.owner_K, first_class)
         moving = Moving(
-            c_SD=self.c_SD,
+            c_SD=pulled.rows_XD,
             first_cluster=shard.start,
             anchor_RD=self.anchor_RD,
             first_class=first_class,
-            class_K=self.class_K,
+            class_K=pulled.class_X,
         )
-        step_ops(self.c_SD).move(moving, batch.x_ND.detach(), *self.cluster_of(batch), momentum)
+        step_ops(self.c_SD).move(moving, batch.x_ND.detach(), cluster_N, suspect_N, momentum)
         self._last = None  # the batch's tensors may be filled anew
 
     def neighbours(self, batch: GatheredBatch) -> Tensor:
@@ -108,21 +133,13 @@ class Published:
         neighbour_Nk = self.neighbour_Ck[batch.labels_N.clamp_min(0)].long()
         return torch.where(batch.labels_N[:, None] >= 0, neighbour_Nk, -1).flatten()
 
-    def candidates(self, shard: Shard) -> Candidates:
-        """This rank's columns of the contrastive loss: views, moving with the centres."""
-        own = slice(shard.start, shard.stop)
-        cluster_S = torch.arange(shard.start, shard.stop, device=self.c_SD.device)
-        return Candidates.build(
-            cluster_S=cluster_S, c_SD=self.c_SD, owner_S=self.owner_K[own], weight_S=self.weight_K[own]
-        )
-
     def state_dict(self) -> dict[str, Any]:
         tensors: dict[str, Any] = {name: getattr(self, name) for name in TENSORS}
-        numbers = {"version": self.version, "drops_suspects": self.drops_suspects, "statistics": self.statistics}
+        numbers = {name: getattr(self, name) for name in (*_NUMBERS, "statistics")}
         return {**tensors, **numbers}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> Published:
         tensors = {name: state[name].to(device, copy=True) for name in TENSORS}
-        numbers = {name: state[name] for name in ("version", "drops_suspects")}
+        numbers = {name: state[name] for name in _NUMBERS}
         return cls(**tensors, **numbers, statistics=dict(state["statistics"]))

@@ -240,7 +240,7 @@ class ClusterService:
 
     def _adopt(self, published: Published) -> None:
         self._published = published
-        self._candidates = published.candidates(self.clusters)
+        self._candidates = published.pulled(self.clusters, self.classes.start).candidates
 
     def _set_margins(self) -> None:
         ramp = self.ramp(self._done)
@@ -312,8 +312,8 @@ class ClusterService:
                     f"saved clusters are of {name} = {state['shape'][name]}, this run has {mine}: resume with the "
                     "same data and settings"
                 )
-        published, refresh = state["published"] or {"drops_suspects": True}, state["refresh"] or {"block": 0}
-        if "drops_suspects" not in published or "block" not in refresh:
+        published, refresh = state["published"] or {"own_centres": True}, state["refresh"] or {"block": 0}
+        if "own_centres" not in published or "block" not in refresh:
             raise ClusterStateError("saved clusters are of an earlier version of this program: start a new run")
         self.bank.load_state_dict(state["bank"])
         self._done, self._first_published = state["done"], state["first_published"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from benchmarks.experiments import glyphs, plan, runs, tables
 from benchmarks.experiments.__main__ import main as experiments
-from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, SURE
+from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, OWN, SURE
 from benchmarks.experiments.cells import CELLS, Cell, make_split, true_accept_rates
 from benchmarks.experiments.fitting import Recipe, fit
 from benchmarks.experiments.nets import SmallMLP
@@ -142,7 +142,7 @@ def test_margins_are_chosen_on_validation_of_the_tuning_seeds_alone() -> None:
         for seed in plan.TUNING_SEEDS
     ]
     lines.append(_line("full", 0.3, 0, validation=99.0))
-    alike = ("full", AGREED)  # the second takes the first one's
+    alike = ("full", AGREED, OWN)  # the others take the first one's
     assert plan.chosen_margins(lines, "features") == {("faces", "noise tail", name): 0.5 for name in alike}
     assert not plan.tuning_runs("features", ["faces"], ["clean"], [AGREED])
     assert plan.chosen_margins(lines[1:], "features") == {}, "not before all tries are there"

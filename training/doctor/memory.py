@@ -98,7 +98,7 @@ def _clusters(config: RunConfig, sizes: Sizes) -> list[Row]:
     """The cluster service: bank, the version in use, and a refresh beside it that ends in the next version."""
     return [
         Row(name="embedding bank", bytes=state.bank_bytes(config, sizes)),
-        Row(name="clusters in use", bytes=state.version_bytes(config, sizes)),
+        Row(name="clusters in use", bytes=state.version_bytes(config, sizes) + state.pulled_bytes(config, sizes)),
         Row(name="refresh: copy of the bank", bytes=state.snapshot_bytes(config, sizes), at_a_time=True),
         Row(name="refresh: k-means", bytes=state.kmeans_bytes(config, sizes), at_a_time=True),
         Row(name="refresh: the next version", bytes=state.publication_bytes(config, sizes), at_a_time=True),

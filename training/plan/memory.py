@@ -217,7 +217,7 @@ def _clusters(config: RunConfig, sizes: Sizes, batch: int, device: Device) -> It
     D, C, R = config.model.embedding_size, sizes.classes, sizes.own_classes
     N, P = batch * sizes.ranks, sizes.own_samples
     K, S = config.clustering.num_clusters(C), state.clusters_of_rank(config, sizes)
-    version = state.version_bytes(config, sizes)
+    version = state.version_bytes(config, sizes) + state.pulled_bytes(config, sizes)
     yield Row(name="embedding bank", bytes=state.bank_bytes(config, sizes))
     yield Row(name="clusters in use", bytes=version)
     yield Row(name="refresh: snapshot of the bank", bytes=state.snapshot_bytes(config, sizes))

@@ -116,6 +116,12 @@ def version_bytes(config: RunConfig, sizes: Sizes) -> int:
     return 4 * D * (S + R) + 4 * sizes.samples + 20 * K + 28 * R + 4 * C * config.clustering.hard_negatives
 
 
+def pulled_bytes(config: RunConfig, sizes: Sizes) -> int:
+    """What a step needs of it besides (`clustering.service.pulled`), but for the rows of classes that own no cluster:
+    nobody knows how many there are."""
+    return 8 * (config.clustering.num_clusters(sizes.classes) + sizes.own_classes)
+
+
 def snapshot_bytes(config: RunConfig, sizes: Sizes) -> int:
     """The bank as it was when a refresh began."""
     return (2 * config.model.embedding_size + 1) * sizes.own_samples
@@ -135,7 +141,7 @@ def publication_bytes(config: RunConfig, sizes: Sizes) -> int:
     D, R, k = config.model.embedding_size, sizes.own_classes, config.clustering.hard_negatives
     K = config.clustering.num_clusters(sizes.classes)
     numbers = 56 * R + 8 * K + 24 + k * (8 * R + 4 * sizes.classes)
-    return 12 * D * R + numbers + 8 * sizes.own_samples + 4 * sizes.samples
+    return 12 * D * R + numbers + 9 * sizes.own_samples + 4 * sizes.samples
 
 
 def saved_clusters(config: RunConfig, sizes: Sizes, classes: int, samples: int) -> int:

@@ -50,7 +50,7 @@ def _of_refresh(config: RunConfig, sizes: Sizes, first: bool, rounds: int, empty
         return Collective(what, "all_reduce", size, times, W)
 
     yield summed("agreement at start and end", 2 * 24, 2)
-    shown, means = turns + 1, turns + first
+    shown, means = turns + 1, turns + first + c.own_centres
     yield Collective("centres", "broadcast", shown * 4 * D * K, shown * owning, W)
     yield Collective("sums of the means", "reduce", means * 8 * D * K, means * owning, W)
     counted = turns * (1 + c.noise_gate)  # samples of clusters; with the gate their largest classes

@@ -83,9 +83,10 @@ def of_refresh(config: RunConfig, sizes: Sizes) -> Work:
         return {}
     D, P = config.model.embedding_size, sizes.own_samples
     K, S = config.clustering.num_clusters(sizes.classes), clusters_of_rank(config, sizes)
-    turns = config.clustering.iterations
-    # Rows are copied, turned into whole numbers and added; in the first and the last pass for means and cohesion.
+    turns, own = config.clustering.iterations, config.clustering.own_centres
+    # Rows are copied, turned into whole numbers and added; in the first and the last pass for means and cohesion, and
+    # once more for centres of their owners' samples.
     return {
         "kmeans": 2.0 * turns * P * K * D,
-        "moved": (turns + 2) * 26.0 * P * D + turns * 80.0 * S * D + 60.0 * sizes.classes,
+        "moved": (turns + 2 + own) * 26.0 * P * D + (turns + own) * 80.0 * S * D + 60.0 * sizes.classes,
     }
