@@ -15,7 +15,12 @@ import yaml
 
 from configs.schema import RunConfig
 
-_HEAD = """# Settings
+_HEAD = """---
+search:
+  boost: 4  # before the classes that hold them
+---
+
+# Settings
 
 Every setting of a training, with its type, its default and its meaning, made from the classes of `configs/`. A recipe
 (`--config FILE`) is YAML with these sections; `--set section.name=value` changes one setting and may be given many
