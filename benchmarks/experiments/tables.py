@@ -108,11 +108,12 @@ def fresh_answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
     lines = []
     for (kind, cell), arms in sorted(cells.items()):
         best = best_arcface(arms)
-        for name, others in ((AGREED, AGREED_AGAINST), (OWN, AGREED_AGAINST[1:])):
-            if cell == PRIMARY_CELLS[0] and best and all(arm in arms for arm in (name, *others)):
+        asked = ((AGREED, AGREED_AGAINST), (OWN, AGREED_AGAINST[1:])) if cell == PRIMARY_CELLS[0] else ()
+        for name, others in asked:
+            if best and all(arm in arms for arm in (name, *others)):
                 lines += _primary(f"{kind}, {cell}, fresh seeds", arms, name, (best, *others))
-        for name in (SURE, AGREED, OWN):
-            if cell == PRIMARY_CELLS[1] and best and (found := paired(arms, name, best)):
+        for name in (SURE, AGREED, OWN) if cell == PRIMARY_CELLS[1] else ():
+            if best and (found := paired(arms, name, best)):
                 said = "no" if found.mean >= -WORSE_AT_MOST else "yes"
                 count = len(arms[name].keys() & arms[best].keys())
                 lines.append(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clustering.errors import ClusterStateError
 from clustering.method.align import alignment_loss
-from clustering.method.contrastive import Candidates, contrastive_loss
+from clustering.method.contrastive import contrastive_loss
 from clustering.method.margins import ramped
 from clustering.nearest.float64_rows import prepare
 from clustering.service.bank import EmbeddingBank
@@ -96,7 +96,6 @@ class ClusterService:
         self._pace = Pace(config.step_budget, stopwatch)
         self._first_published: int | None = None
         self._start_I = read_start(config.start, num_samples=len(labels), num_clusters=self.num_clusters)
-        self._candidates: Candidates | None = None
         self._published: Published | None = None
         self._done = 0
 
@@ -150,12 +149,13 @@ class ClusterService:
 
     def contrastive(self, batch: GatheredBatch) -> Tensor:
         """L_scc, a scalar (`clustering.method.contrastive`); a zero without graph before the first publication."""
-        if self._published is None or self._candidates is None:
+        if self._published is None:
             return torch.zeros((), device=self.device)
+        p = self._published
         return contrastive_loss(
             batch,
-            self._candidates,
-            self._published.cluster_of(batch)[1],
+            p.pulled(self.clusters, self.classes.start).candidates,
+            p.cluster_of(batch)[1],
             temperature=self.config.temperature,
             product_dtype=self.product_dtype,
         )
@@ -240,7 +240,7 @@ class ClusterService:
 
     def _adopt(self, published: Published) -> None:
         self._published = published
-        self._candidates = published.pulled(self.clusters, self.classes.start).candidates
+        published.pulled(self.clusters, self.classes.start)  # made now, as the host waits for it
 
     def _set_margins(self) -> None:
         ramp = self.ramp(self._done)
@@ -319,7 +319,7 @@ class ClusterService:
         self._done, self._first_published = state["done"], state["first_published"]
         self.failed_refreshes = state["failed_refreshes"]
         self._pace.load_state_dict(state["pace"])
-        self._published = self._candidates = self._refresh = None
+        self._published = self._refresh = None
         self.margins_C = torch.full_like(self.margins_C, self.margin)
         self._smallest = torch.full_like(self._smallest, self.margin)
         self._margins_of = (0, 0.0)
