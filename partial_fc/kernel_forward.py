@@ -83,6 +83,8 @@ def _launch(terms: Terms, launch: Launch, want_u: bool) -> tuple[Tensor, Tensor 
     N, D = terms.x_ND.shape
     arguments = product_arguments(terms)
     chunks = Chunks(terms.w_CD, terms.rows_S, arguments)
+    if terms.owner_C is not None:
+        arguments |= {"rows": terms.owner_C, "C": terms.owners}  # instead of numbers of their own
     blocks = -(-N // launch.kept)
     splits = _splits(blocks, chunks.size, terms.x_ND.device)
     other_PN = terms.x_ND.new_zeros(splits, N)

@@ -26,6 +26,10 @@ class Terms:
     """int64, each row's target as a row of w_CD; -1 when it is elsewhere."""
     rows_S: Tensor | None = None
     """int64, the centres that take part, distinct; entries of C are padding. None: all."""
+    owner_C: Tensor | None = None
+    """int64, the target that each centre belongs to, for forward alone and without rows_S; from `owners` on: it takes
+    no part. None: each centre is a target of its own."""
+    owners: int = 0
     scale: float
     shift: float
     """Taken from every logit: the caller sees to it that no exponential or sum leaves float32."""

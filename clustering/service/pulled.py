@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clustering.method.contrastive import Candidates
+from clustering.step.plain import Columns
 from sharding import Shard
 
 
@@ -25,7 +25,7 @@ class Pulled:
 
     rows_XD: Tensor
     """float32 (S + L, D), unit rows: the centres, then the means."""
-    candidates: Candidates
+    columns: Columns
     """Of the contrastive loss: views of the rows."""
     class_X: Tensor
     """int64 (K + L,): the class whose anchor a row with this number is, -1 for none."""
@@ -57,7 +57,7 @@ class Pulled:
         rows_XD = torch.cat([c_SD, anchor_RD[lone_L]]) if len(lone_L) else c_SD
         class_L, own = first_class + lone_L, slice(shard.start, shard.stop)
         number_L = shard.stop + torch.arange(len(lone_L), device=c_SD.device)
-        candidates = Candidates.build(
+        columns = Columns.build(
             cluster_S=torch.arange(shard.start, shard.stop + len(lone_L), device=c_SD.device),
             c_SD=rows_XD,
             owner_S=torch.cat([owner_K[own], class_L]),
@@ -65,7 +65,7 @@ class Pulled:
         )
         return cls(
             rows_XD=rows_XD,
-            candidates=candidates,
+            columns=columns,
             class_X=torch.cat([class_K[: shard.stop], class_L, class_K[shard.stop :]]),
             number_R=torch.full_like(lone_R, -1, dtype=torch.int64).index_copy_(0, lone_L, number_L),
             stop=shard.stop,

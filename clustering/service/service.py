@@ -154,7 +154,7 @@ class ClusterService:
         p = self._published
         return contrastive_loss(
             batch,
-            p.pulled(self.clusters, self.classes.start).candidates,
+            p.pulled(self.clusters, self.classes.start).columns,
             p.cluster_of(batch)[1],
             temperature=self.config.temperature,
             product_dtype=self.product_dtype,

@@ -22,6 +22,7 @@ def kernel_ops() -> StepOps:
         codes=kernel_step.codes,
         move=kernel_step.move,
         own=kernel_losses.own,
+        others=kernel_losses.others,
         join=kernel_losses.join,
         align=kernel_losses.align,
     )

@@ -13,9 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from clustering.step import plain
 from clustering.step.kernel_step import LOOKED_AT, width
-from clustering.step.plain import Columns
+from clustering.step.plain import NOBODY, Columns
+from partial_fc import kernel_forward
 from partial_fc.kernel_parts import MIN_NORM, on_device
+from partial_fc.kernel_terms import Terms
 
 _TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -122,6 +125,28 @@ def own(columns: Columns, x_ND: Tensor, labels_N: Tensor, temperature: float) ->
                 len(c.owned_S), temperature, D=D, E=width(D), num_warps=1,
             )  # fmt: skip
     return own_N, u_ND
+
+
+def others(
+    columns: Columns, x_ND: Tensor, labels_N: Tensor, temperature: float, product_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`step_plain.others`, by the head's kernel: exponentials stay in registers. Not for float32 operands, which GPUs
+    multiply faster in large products."""
+    if product_dtype == torch.float32:
+        return plain.others(columns, x_ND, labels_N, temperature, product_dtype)
+    terms = Terms(
+        x_ND=x_ND,
+        w_CD=columns.c_SD,
+        target_N=labels_N,
+        owner_C=columns.owner_S,
+        owners=NOBODY,
+        scale=1 / temperature,
+        shift=0.0,
+        product_dtype=product_dtype,
+    )
+    other_N, u_ND = kernel_forward.run(terms, want_u=True)
+    assert u_ND is not None
+    return other_N, u_ND
 
 
 def join(

@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from clustering.service.shards import unit_or
+from partial_fc.products import product
 
 TILE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Numbers of the largest temporary: 1 MB of float32 on a CPU core, 256 MB on a GPU."""
+
+
+NOBODY = 2**31 - 1
+"""Owner of a column that takes no part: larger than any class."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +42,28 @@ class Columns:
     """The clusters of this rank as the contrastive loss takes them, and where to find those of a class."""
 
     c_SD: Tensor
+    """Unit centres; they get no gradient."""
     weight_S: Tensor
-    """float32, w_k."""
+    """float32, w_k: sum to 1 over the clusters of a class, on all ranks together."""
+    owner_S: Tensor
+    """int64: the class that owns the cluster; `NOBODY`: it takes no part."""
     owned_S: Tensor
-    """int64: owners, rising; -1 for columns that take no part."""
+    """int64: owners, rising."""
     order_S: Tensor
     """int64: the columns in that order."""
     most: int
     """M."""
+
+    @classmethod
+    def build(cls, *, cluster_S: Tensor, c_SD: Tensor, owner_S: Tensor, weight_S: Tensor) -> Columns:
+        """Columns of the clusters `cluster_S` (int64), owner -1: it takes no part; nor does one that comes again, a
+        second time. The host waits.
+        """
+        owner_S = torch.where(first_of_each(cluster_S) & (owner_S >= 0), owner_S, NOBODY)
+        owned_S, order_S = owner_S.sort(stable=True)
+        counts_X = torch.unique_consecutive(owned_S[owned_S < NOBODY], return_counts=True)[1]
+        most = int(counts_X.max()) if len(counts_X) else 0
+        return cls(c_SD=c_SD, weight_S=weight_S, owner_S=owner_S, owned_S=owned_S, order_S=order_S, most=most)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +168,24 @@ def own(columns: Columns, x_ND: Tensor, labels_N: Tensor, temperature: float) ->
     return own_N, u_own_ND
 
 
+def others(
+    columns: Columns, x_ND: Tensor, labels_N: Tensor, temperature: float, product_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """O of each row, (N,), and U_O but for 1/tau, (N, D): over the clusters here that its class does not own.
+
+    product_dtype: operands of the matrix products. Takes two tiles (N, s), one at a time, however many columns.
+    """
+    other_N, u_other_ND = torch.zeros_like(x_ND[:, 0]), torch.zeros_like(x_ND, memory_format=torch.contiguous_format)
+    step = max(64, TILE_NUMBERS[x_ND.device.type] // max(len(x_ND), 1))
+    for c_sD, owner_s in zip(columns.c_SD.split(step), columns.owner_S.split(step), strict=True):
+        operand_sD = c_sD if product_dtype == torch.float32 else c_sD.to(product_dtype)
+        e_Ns = product(x_ND / temperature, operand_sD.T, product_dtype).exp_()
+        e_Ns.masked_fill_((owner_s == NOBODY) | (owner_s == labels_N[:, None]), 0)
+        other_N += e_Ns.sum(1)
+        u_other_ND += product(e_Ns, operand_sD, product_dtype)
+    return other_N, u_other_ND
+
+
 def join(
     own_N: Tensor, other_N: Tensor, taken_N: Tensor, u_own_ND: Tensor, u_other_ND: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -201,6 +238,7 @@ class StepOps:
     codes: Callable[..., tuple[Tensor, Tensor]] = codes
     move: Callable[..., None] = move
     own: Callable[..., tuple[Tensor, Tensor]] = own
+    others: Callable[..., tuple[Tensor, Tensor]] = others
     join: Callable[..., tuple[Tensor, Tensor]] = join
     align: Callable[..., tuple[Tensor, Tensor, Tensor]] = align
 

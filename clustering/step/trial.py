@@ -26,9 +26,9 @@ def differences(
 ) -> dict[str, float]:
     """Largest difference of each result, as a share of its largest number or of 1, by name; infinite where one is NaN.
 
-    dtype: of bank and weight. Among the rows are ones without a label, with ids of no sample, of other ranks, not
-    finite, suspect, without a cluster, and of classes that come twice, that own several clusters or none; rows and
-    centres of zeros too.
+    dtype: of bank, weight and operands of products. Among the rows are ones without a label, with ids of no sample, of
+    other ranks, not finite, suspect, without a cluster, and of classes that come twice, that own several clusters or
+    none; rows and centres of zeros, and a cluster that comes twice, too.
     """
     with torch.autocast(device.type, enabled=False):
         return _differences(ops, other, _Problem(rows, dim, seed, device, dtype))
@@ -53,6 +53,7 @@ class _Problem:
     def __init__(self, rows: int, dim: int, seed: int, device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.classes, self.clusters, self.first_class, self.first_cluster = 12, 16, 3, 2
+        self.dtype = dtype
 
         def unit(*shape: int) -> Tensor:
             return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
@@ -81,8 +82,9 @@ class _Problem:
         self.class_K[: self.classes + 2] = torch.randperm(self.classes + 4, generator=generator)[: self.classes + 2]
         owner_S = whole(self.classes - 2, self.clusters, low=-1) + self.first_class
         owner_S[::5] = -1
-        self.owned_S, self.order_S = owner_S.sort(stable=True)
-        self.weight_S = torch.rand(self.clusters, generator=generator)
+        self.owner_S, self.weight_S = owner_S, torch.rand(self.clusters, generator=generator)
+        self.cluster_S = torch.arange(self.clusters)
+        self.cluster_S[3] = 1  # comes twice
         self.other_N = 50 * torch.rand(rows, generator=generator)
         self.other_N[2:3] = 0
         self.own_N = torch.where(torch.arange(rows) % 6 == 0, 0.0, 30 * torch.rand(rows, generator=generator))
@@ -102,6 +104,7 @@ class _Problem:
             "codes": lambda ops: ops.codes(self.code_I, self.ids_N, self.labels_N),
             "move": self._move,
             "own": self._own,
+            "others": self._others,
             "join": lambda ops: ops.join(self.own_N, self.other_N, self.taken_N, self.u_ND, self.x_ND, 0.1),
             "align": lambda ops: self._align(ops, 1),
             "align with sub-centres": lambda ops: self._align(ops, 2),
@@ -124,11 +127,16 @@ class _Problem:
         ops.move(moving, self.odd_ND, cluster_N, suspect_N, 0.9)
         return moving.c_SD, moving.anchor_RD
 
+    def _columns(self) -> Columns:
+        return Columns.build(cluster_S=self.cluster_S, c_SD=self.c_SD, owner_S=self.owner_S, weight_S=self.weight_S)
+
     def _own(self, ops: StepOps) -> tuple[Tensor, ...]:
-        most = int(torch.unique(self.owned_S[self.owned_S >= 0], return_counts=True)[1].max())
-        columns = Columns(c_SD=self.c_SD, weight_S=self.weight_S, owned_S=self.owned_S, order_S=self.order_S, most=most)
-        own_N, u_ND = ops.own(columns, self.x_ND, self.labels_N, 0.2)
+        own_N, u_ND = ops.own(self._columns(), self.x_ND, self.labels_N, 0.2)
         return own_N, u_ND
+
+    def _others(self, ops: StepOps) -> tuple[Tensor, ...]:
+        other_N, u_ND = ops.others(self._columns(), self.x_ND, self.labels_N, 0.2, self.dtype)
+        return other_N, u_ND
 
     def _align(self, ops: StepOps, subcentres: int) -> tuple[Tensor, ...]:
         w_XD = self.w_XD[: subcentres * self.classes]

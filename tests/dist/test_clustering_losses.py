@@ -10,10 +10,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from clustering.method import contrastive
 from clustering.method.align import alignment_loss
-from clustering.method.contrastive import Candidates, contrastive_loss
+from clustering.method.contrastive import contrastive_loss
 from clustering.reference import dense_alignment, dense_contrastive
+from clustering.step import plain
+from clustering.step.plain import Columns
 from sharding import shard_of
 from tests.dist.clustering_cases import Case, gathered, relative
 from tests.ranks import WORLD_SIZES, RankPool
@@ -80,25 +81,25 @@ def _contrastive(group: dist.ProcessGroup, p: dict[str, Tensor], wanted: Case) -
     own = shard_of(dist.get_rank(group), dist.get_world_size(group), K)
     part = slice(own.start, own.stop)
     c_SD = p["c"][part].float().requires_grad_()
-    candidates = Candidates.build(
+    columns = Columns.build(
         cluster_S=p.get("cluster", torch.arange(K))[part],
         c_SD=c_SD,
         owner_S=p["owner"][part],
         weight_S=p["weight"][part].float(),
     )
     x_BD, batch = gathered(group, p["x"], p["labels"], torch.arange(len(p["x"])))
-    usual = dict(contrastive.TILE_NUMBERS)
-    contrastive.TILE_NUMBERS["cpu"] = wanted.get("tile", usual["cpu"])
+    usual = dict(plain.TILE_NUMBERS)
+    plain.TILE_NUMBERS["cpu"] = wanted.get("tile", usual["cpu"])
     try:
         loss = contrastive_loss(
             batch,
-            candidates,
+            columns,
             p["suspect"],
             temperature=wanted.get("tau", 0.1),
             product_dtype=wanted.get("product_dtype", torch.float32),
         )
     finally:
-        contrastive.TILE_NUMBERS.update(usual)
+        plain.TILE_NUMBERS.update(usual)
     (wanted.get("factor", 1.0) * loss).backward()
     return {"loss": loss.item(), "x": x_BD.grad, "c": c_SD.grad}
 
@@ -150,7 +151,7 @@ def test_reduced_products_stay_near(ranks: RankPool) -> None:
     assert relative(torch.cat([part["x"] for part in parts]), grad_x) < 0.03
 
 
-def test_order_of_rows_and_of_candidates_does_not_matter(ranks: RankPool) -> None:
+def test_order_of_rows_and_of_columns_does_not_matter(ranks: RankPool) -> None:
     p = _problem(CASES["unlabelled and suspect rows"])
     base = ranks.run(2, _contrastive, p, {})
     rows = torch.randperm(12, generator=torch.Generator().manual_seed(1))

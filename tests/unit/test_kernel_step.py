@@ -17,16 +17,23 @@ CPU = torch.device("cpu")
 SIZES = [(70, 40), (1, 7), (200, 16), (133, 130)]
 
 
-def _found(rows: int, dim: int) -> dict[str, float]:
-    return differences(kernel_ops(), PLAIN, CPU, rows=rows, dim=dim, seed=rows)
+def _found(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    return differences(kernel_ops(), PLAIN, CPU, rows=rows, dim=dim, seed=rows, dtype=dtype)
 
 
 @needs_triton
 @pytest.mark.parametrize(("rows", "dim"), SIZES)
 def test_kernels_do_what_torch_does(interpreter: Run, rows: int, dim: int) -> None:
     found = interpreter(_found, rows, dim)
-    assert len(found) == 8
+    assert len(found) == 9
     assert max(found.values()) < 2e-6, found
+
+
+@needs_triton
+@pytest.mark.parametrize(("rows", "dim"), SIZES)
+def test_sums_over_the_others_are_near_with_rounded_operands(interpreter: Run, rows: int, dim: int) -> None:
+    found = interpreter(_found, rows, dim, torch.bfloat16)
+    assert 0 < found["others"] < 2**-7, found
 
 
 @needs_triton
