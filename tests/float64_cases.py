@@ -31,6 +31,8 @@ def dots(q: int, D: int, device: str, *, kernels: bool) -> Found:
     alone_q = torch.cat([find(x_qD, row_q[i : i + 1], y_YD, other_q[i : i + 1]) for i in few])
     in_order_q = find(x_qD[row_q], None, y_YD, other_q)
     assert find(x_qD[:0], None, y_YD, other_q[:0]).shape == (0,)
+    some_q = torch.where(torch.arange(q, device=device) % 3 == 1, other_q, -1)
+    assert torch.equal(find(x_qD, row_q, y_YD, some_q), torch.where(some_q < 0, 0, together_q))
     true_q = (x_qD[row_q].cpu().to(torch.float64) * y_YD[other_q].cpu().to(torch.float64)).sum(1)
     off = float((together_q.cpu() - true_q).abs().max())
     differs = float((together_q[list(few)] - alone_q).abs().max() + (in_order_q - together_q).abs().max())

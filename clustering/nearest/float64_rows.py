@@ -25,7 +25,7 @@ _TRIAL = (300, 40, 20)
 
 
 def row_dots(a_XD: Tensor, row_q: Tensor | None, b_YD: Tensor, other_q: Tensor) -> Tensor:
-    """Dot products a[row_q] . b[other_q], float64 (q,); all rows of a in order if row_q is None.
+    """Dot products a[row_q] . b[other_q], float64 (q,); all rows of a in order if row_q is None; 0 if other_q is -1.
 
     Indices are int64, rows of any dtype. A pair has the same bits whatever other pairs there are.
     """
@@ -50,7 +50,8 @@ def _dots_on_cpu(a_XD: Tensor, row_q: Tensor | None, b_YD: Tensor, other_q: Tens
     for start in range(0, len(other_q), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         a_qD = a_XD[part] if row_q is None else a_XD.index_select(0, row_q[part])
-        parts.append((a_qD.double() * b_YD.index_select(0, other_q[part])).sum(1))  # row by row on CPUs
+        b_qD = b_YD.index_select(0, other_q[part].clamp_min(0))
+        parts.append((a_qD.double() * b_qD).sum(1).masked_fill_(other_q[part] < 0, 0))  # row by row on CPUs
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
@@ -60,7 +61,8 @@ def folded_dots(a_XD: Tensor, row_q: Tensor | None, b_YD: Tensor, other_q: Tenso
     """
     row_q = torch.arange(len(a_XD), device=a_XD.device) if row_q is None else row_q
     parts = zip(row_q.split(_AT_ONCE_ON_GPU), other_q.split(_AT_ONCE_ON_GPU), strict=True)
-    return torch.cat([_folded(a_XD[row_p].double() * b_YD[other_p]) for row_p, other_p in parts])
+    dots = [_folded(a_XD[row_p].double() * b_YD[other_p.clamp_min(0)]) for row_p, other_p in parts]
+    return torch.cat(dots).masked_fill_(other_q < 0, 0)
 
 
 def _folded(values_qD: Tensor) -> Tensor:

@@ -27,10 +27,10 @@ def _dots_kernel(
     q = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
     row_q = q if row is None else tl.load(row + q, mask=q < Q, other=0)
-    other_q = tl.load(other + q, mask=q < Q, other=0)
+    other_q = tl.load(other + q, mask=q < Q, other=-1)
     sum_qc = tl.zeros([ROWS, COLUMNS], tl.float64)
     for left in range(0, D, COLUMNS):
-        here_qc = (q < Q)[:, None] & (left + c < D)[None, :]
+        here_qc = (other_q >= 0)[:, None] & (left + c < D)[None, :]
         a_qc = tl.load(a + row_q[:, None] * a_stride + (left + c)[None, :], mask=here_qc, other=0)
         b_qc = tl.load(b + other_q[:, None] * b_stride + (left + c)[None, :], mask=here_qc, other=0)
         sum_qc += a_qc.to(tl.float64) * b_qc.to(tl.float64)

@@ -26,6 +26,8 @@ _TILE = {"cpu": (512, 512), "cuda": (8192, 8192)}
 """Points and centres of a tile: 1 MB of float32 on CPUs, for each thread; 256 MB on GPUs."""
 _CROWD = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Cosines at a time of points whose nearest centre is not clear."""
+_OFFERED = 8
+"""Candidates of a point that are compared exactly one by one; a point that needs more is one of a crowd."""
 _RIVALS = 64
 """So many pairs a point are compared one by one; more, as in data that has collapsed, are thinned out first."""
 _ROUNDING = 1e-12
@@ -79,6 +81,18 @@ class Nearest:
         self.second_b.scatter_reduce_(0, row_q[loses_q], cosine_q[loses_q].float(), "amax")
         row_b = (index_b != last).nonzero()[:, 0]
         self.offer_(row_b, index_b[row_b], best_b[row_b])
+
+    def offer_each_(self, cluster_bL: Tensor, cosine_bL: Tensor) -> None:
+        """The same for L places a point, without a host that waits. cosine_bL: float64, exact; -inf: nothing there."""
+        best_b, last = cosine_bL.amax(1), torch.iinfo(torch.int64).max
+        there_bL = cosine_bL > NONE
+        index_b = torch.where(there_bL & (cosine_bL == best_b[:, None]), cluster_bL, last).amin(1)
+        loser_b = cosine_bL.masked_fill(cluster_bL == index_b[:, None], NONE).amax(1)
+        better_b = (best_b > self.best_b) | ((best_b == self.best_b) & (index_b < self.index_b))
+        loser_b = loser_b.maximum(torch.where(better_b, self.best_b, best_b))
+        self.second_b.copy_(self.second_b.maximum(loser_b.float()))
+        self.best_b.copy_(torch.where(better_b, best_b, self.best_b))
+        self.index_b.copy_(torch.where(better_b, index_b, self.index_b))
 
 
 def top_two(x_bD: Tensor, operand_sD: Tensor, hidden_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,6 +160,10 @@ def nearest_(
     else:
         find = _candidates
     cosine_bL, column_bL, rest_b = find(x_bD, operand_sD, hidden_b)
+    if cosine_bL.shape[1] > _OFFERED:
+        cosine_bl, place_bl = cosine_bL.topk(_OFFERED + 1)
+        rest_b = rest_b.maximum(cosine_bl[:, -1])
+        cosine_bL, column_bL = cosine_bl[:, :-1], column_bL.gather(1, place_bl[:, :-1])
     margin, first_b = tolerance(operand_sD.dtype), cosine_bL.amax(1)
     close_b = first_b >= state.best_b - margin
     enough_b = state.best_b.maximum(first_b) - margin
@@ -155,10 +173,7 @@ def nearest_(
     largest_bL = torch.zeros_like(offered_bL).scatter_(1, cosine_bL.argmax(1, keepdim=True), crowded_b[:, None])
     left_b = cosine_bL.masked_fill(offered_bL | largest_bL, NONE).amax(1).maximum(rest_b)
     state.second_b.copy_(state.second_b.maximum(left_b))
-    row_q, place_q = offered_bL.nonzero(as_tuple=True)
-    column_q = column_bL[row_q, place_q]
-    offer_ = state.offer_ if cosine_bL.shape[1] == 1 else state.offer_pairs_
-    offer_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
+    (offer_all_ if x_bD.is_cuda else offer_some_)(state, x_bD, centres_sD, cluster_s, column_bL, offered_bL)
     for row_n in crowded_b.nonzero()[:, 0].split(max(1, _CROWD[x_bD.device.type] // len(centres_sD))):
         cosine_ns = product(x_bD[row_n], operand_sD.T, operand_sD.dtype)
         hide_(cosine_ns, hidden_b[row_n])
@@ -168,6 +183,26 @@ def nearest_(
         at_q, column_q = rivals_ns.nonzero(as_tuple=True)
         row_q = row_n[at_q]
         state.offer_pairs_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
+
+
+def offer_all_(
+    state: Nearest, x_bD: Tensor, centres_sD: Tensor, cluster_s: Tensor, column_bL: Tensor, offered_bL: Tensor
+) -> None:
+    """Offer each point the columns that are marked, at places for all of them. No host waits."""
+    column_q = torch.where(offered_bL, column_bL, -1).flatten()
+    row_q = torch.arange(len(x_bD), device=x_bD.device).repeat_interleave(column_bL.shape[1], output_size=len(column_q))
+    cosine_bL = row_dots(x_bD, row_q, centres_sD, column_q).view_as(column_bL)
+    state.offer_each_(cluster_s[column_q.clamp_min(0)].view_as(column_bL), cosine_bL.masked_fill(~offered_bL, NONE))
+
+
+def offer_some_(
+    state: Nearest, x_bD: Tensor, centres_sD: Tensor, cluster_s: Tensor, column_bL: Tensor, offered_bL: Tensor
+) -> None:
+    """The same with no place for what is not marked."""
+    row_q, place_q = offered_bL.nonzero(as_tuple=True)
+    column_q = column_bL[row_q, place_q]
+    offer_ = state.offer_ if column_bL.shape[1] == 1 else state.offer_pairs_
+    offer_(row_q, cluster_s[column_q], row_dots(x_bD, row_q, centres_sD, column_q))
 
 
 def _rivals(best_n: Tensor, x_nD: Tensor, centres_sD: Tensor, hidden_n: Tensor) -> Tensor:

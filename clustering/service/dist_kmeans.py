@@ -28,10 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clustering.kmeans import Gate
-from clustering.nearest.choice import runs_kernel
-from clustering.nearest.nearest import Nearest, nearest_
 from clustering.service import seeds
 from clustering.service.bank import Points
+from clustering.service.comparing import Comparing
 from clustering.service.guard import Guard, T
 from clustering.service.schedule import points_at_once
 from clustering.service.shards import add_rows_, show_rows, sum_rows_, unit_or
@@ -80,9 +79,9 @@ class KMeansRun:
         self.shards = all_shards(world_size, num_clusters)
         P, D = points.x_PD.shape
         device = points.x_PD.device
-        self.num_clusters, self.block = num_clusters, block or points_at_once(num_clusters, device)
+        own, largest = self.shards[self.rank], self.shards[0].size
+        self.num_clusters, self.block = num_clusters, block or points_at_once(largest, device)
         self.dtype = torch.float64 if points.x_PD.dtype == torch.float64 else torch.float32
-        own = self.shards[self.rank]
         self.from_means = centres_SD is None
         start_SD = torch.zeros(own.size, D, device=device) if centres_SD is None else centres_SD
         self.centres_SD = start_SD.to(self.dtype, copy=True)
@@ -93,13 +92,13 @@ class KMeansRun:
         self.counted_P &= self.index_P >= 0
         self.seed_point_Q = torch.empty(0, dtype=torch.int64, device=device)
         self.seed_cluster_Q = torch.empty(0, dtype=torch.int64, device=device)
-        largest = self.shards[0].size
         self._shown_XD = torch.empty(largest if world_size > 1 else 0, D, dtype=self.dtype, device=device)
         self._sums_XD = torch.zeros(largest, D, dtype=torch.int64, device=device)
         self._count_K = torch.zeros(num_clusters, dtype=torch.int64, device=device)
         self._order = seeds.Order(group, device)
-        # Neither is saved in a checkpoint: a resumed run shows the same rows and adds up the same points again.
-        self._shown: tuple[int, Tensor] | None = None
+        # None is saved in a checkpoint: a resumed run shows the same rows and adds up the same points again.
+        self._comparing = Comparing(points.x_PD, self.block, self.dtype)
+        self._shown = -1
         self._summed = (0, 0)
         self._withdrawn = False
         self.added = max(
@@ -147,8 +146,10 @@ class KMeansRun:
             self._withdraw()
         kind, rank, part = self._slices[self.done]
         if kind == "assign":
-            if self._shown is None or self._shown[0] != rank:
-                self._shown = (rank, self.show(rank))
+            if self._shown != rank:
+                self._put_away()  # its memory is free for the next rank's
+                self._comparing.show(self.shards[rank].start, self.show(rank))
+                self._shown = rank
             self._attempt("assign", lambda: self._assign(rank, part), None)
         elif kind == "seed":
             self._seed()
@@ -182,6 +183,7 @@ class KMeansRun:
         self.counted_P.fill_(False)
         self.index_P.fill_(-1)
         self.seed_point_Q, self.seed_cluster_Q = self.seed_point_Q[:0], self.seed_cluster_Q[:0]
+        self._comparing.recount()
         self._withdrawn = True
 
     def _assign(self, rank: int, block: int) -> None:
@@ -189,34 +191,16 @@ class KMeansRun:
         if rank == block == 0:
             self.best_P.fill_(float("-inf"))
             self.index_P.fill_(-1)
-        assert self._shown is not None
-        shown_SD = self._shown[1]
-        part = slice(block * self.block, (block + 1) * self.block)
-        x_bD, best_b, index_b = self.points.x_PD[part], self.best_P[part], self.index_P[part]
-        if rank == 0 and not bool(torch.isfinite(x_bD).all()):
-            raise FloatingPointError("embeddings are not finite")
-        place_s = (shown_SD != 0).any(1).nonzero()[:, 0]
-        if not len(x_bD) or not len(place_s):
-            return
-        centres_sD = shown_SD[place_s] if len(place_s) < len(shown_SD) else shown_SD
-        # Only GPUs multiply bf16 operands into a float32 result fast.
-        operand_sD = centres_sD.to(x_bD.dtype if x_bD.is_cuda else self.dtype)
-        chosen_b = self.taking_part_P[part].nonzero()[:, 0]
-        state = Nearest.unknown(len(chosen_b), x_bD.device)
-        state.best_b.copy_(best_b[chosen_b])
-        state.index_b.copy_(index_b[chosen_b])
-        nearest_(
-            state,
-            x_bD[chosen_b].to(self.dtype),
-            centres_sD,
-            operand_sD,
-            place_s + self.shards[rank].start,
-            kernels=runs_kernel("auto", operand_sD),
-        )
-        best_b[chosen_b], index_b[chosen_b] = state.best_b, state.index_b
+            self._comparing.begin()
+        self._comparing.compare_(block, self.taking_part_P, self.best_P, self.index_P)
+
+    def _put_away(self) -> None:
+        self._comparing.put_away()
+        self._shown = -1
 
     def _seed(self) -> None:
-        self._shown = None
+        self._put_away()
+        self._attempt("assign", self._comparing.check, None)
         if self.gate is None:
             self.counted_P = self._attempt("seed", lambda: self.index_P >= 0, self.counted_P)
         else:
@@ -315,7 +299,9 @@ class KMeansRun:
         seed_P = state["seed_P"].to(device)
         self.seed_point_Q = (seed_P >= 0).nonzero()[:, 0]  # ascending, as they were found
         self.seed_cluster_Q = seed_P[self.seed_point_Q]
-        self._shown, self._summed = None, (0, 0)
+        self._put_away()
+        self._comparing.recount()
+        self._summed = (0, 0)
         if state["cut"] == self._cut():
             self.done = state["done"]
             return True

@@ -10,12 +10,12 @@ from configs.schema import ClusteringConfig
 
 _COMPARISONS = 3 << 30
 """Of a slice on a GPU: 5 ms of an H100 at D = 512. Every slice makes the host wait once, so that few are better."""
-_MOST = 1 << 15
+_MOST = 1 << 17
 
 
-def points_at_once(num_clusters: int, device: torch.device) -> int:
-    """Points of a slice where the settings leave it open."""
-    return min(_MOST, max(1, _COMPARISONS // num_clusters)) if device.type == "cuda" else 4096
+def points_at_once(clusters: int, device: torch.device) -> int:
+    """Points of a slice where the settings leave it open. clusters: of a rank, with which a slice compares them."""
+    return min(_MOST, max(1, _COMPARISONS // max(1, clusters))) if device.type == "cuda" else 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

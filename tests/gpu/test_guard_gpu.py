@@ -95,8 +95,9 @@ def test_a_skipped_step_moves_nothing(gpu: Ranks, name: str, first: int) -> None
     after = run.bits()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not any(after[key].any() for key in after.keys() - before.keys()), "state that has begun is zero"
-    values = run.step(first + 1)
-    assert values.skipped.item() == 0
+    tries = 8 if name == "half precision" else 1  # its first scale is too large
+    following = (run.step(first + number) for number in range(1, 1 + tries))
+    assert any(values.skipped.item() == 0 for values in following)
     moved = run.bits()
     assert not torch.equal(moved["head.weight"], after["head.weight"])
     assert all(value.isfinite().all() for value in moved.values() if value.is_floating_point())

@@ -102,6 +102,6 @@ def test_points_of_a_slice() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert [points_at_once(clusters, cpu) for clusters in (1, 2_300_000)] == [4096, 4096]
     assert [points_at_once(clusters, gpu) for clusters in (1, 1000, 107_446, 414_267, 2_300_000)] == [
-        *(32768, 32768, 29979, 7775, 1400),
+        *(131072, 131072, 29979, 7775, 1400),
     ]
     assert points_at_once(1 << 40, gpu) == 1

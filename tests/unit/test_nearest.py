@@ -37,13 +37,35 @@ def test_data_that_has_collapsed_is_told_apart_exactly() -> None:
     nearest_cases.check_collapsed("cpu", False)
 
 
+@pytest.mark.parametrize("all_at_once", [False, True], ids=["as on CPUs", "as on GPUs"])
+@pytest.mark.parametrize("offered", [2, 8])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_several_candidates_a_point_lead_to_the_same_decisions(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, offered: int, all_at_once: bool
 ) -> None:
+    """offered: those that are compared one by one, fewer than there are candidates."""
     monkeypatch.setattr(nearest, "_candidates", nearest_cases.four_of_each_part)
+    monkeypatch.setattr(nearest, "_OFFERED", offered)
+    if all_at_once:
+        monkeypatch.setattr(nearest, "offer_some_", nearest.offer_all_)
     nearest_cases.check_ties("cpu", False, dtype)
     nearest_cases.check_collapsed("cpu", False, dtype)
+
+
+def test_what_is_known_does_not_depend_on_how_it_is_offered() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, L = 200, 5
+    states = [Nearest.unknown(b, torch.device("cpu")) for _ in range(2)]
+    for turn in range(3):
+        cluster_bL = torch.stack([torch.randperm(40, generator=generator)[:L] for _ in range(b)]) + 40 * (2 - turn)
+        cosine_bL = torch.randint(0, 6, (b, L), generator=generator).double() / 8  # many ties
+        offered_bL = torch.rand(b, L, generator=generator) < 0.6
+        row_q, place_q = offered_bL.nonzero(as_tuple=True)
+        states[0].offer_pairs_(row_q, cluster_bL[row_q, place_q], cosine_bL[row_q, place_q])
+        states[1].offer_each_(cluster_bL, cosine_bL.masked_fill(~offered_bL, float("-inf")))
+        for name in ("best_b", "index_b", "second_b"):
+            assert torch.equal(getattr(states[0], name), getattr(states[1], name)), (turn, name)
+    assert (states[0].index_b >= 0).all()
 
 
 @needs_triton
