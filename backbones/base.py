@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.recompute import Part
+from backbones.recorded import Recorded, record
 
 IMAGE_SIZE = (112, 112)
 """(height, width) of an aligned face in this field."""
@@ -34,6 +35,7 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"embedding_size: expected at least 1, got {embedding_size}")
         self.embedding_size = embedding_size
         self._compiled_body: Callable[[Backbone, Tensor], Tensor] | None = None
+        self._recorded: Recorded | None = None
 
     @abstractmethod
     def body(self, images_B3HW: Tensor) -> Tensor:
@@ -55,6 +57,17 @@ class Backbone(nn.Module, ABC):
         # Of the class, not of this object: a copy of the object then runs its own weights.
         self._compiled_body = torch.compile(type(self).body, dynamic=False, backend=backend)
 
+    def record(self, images_B3HW: Tensor) -> None:
+        """Replay training's passes of images like these, there and back, as CUDA graphs from now on.
+
+        images_B3HW: in the memory format of training. Call it in training mode, in the autocast of training but with
+        cache_enabled=False. Other images, evaluation and copies of this backbone do without the graphs. An embedding is
+        overwritten by the next pass, and so are gradients that were not copied, as DDP copies them. After this, weights
+        and buffers may change, but not move. Raises what torch raises for a network that cannot be recorded.
+        """
+        self._recorded = None
+        self._recorded = record(self, images_B3HW)
+
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Embeddings (B, D), not of unit length, in the weights' dtype: float32, also under autocast.
 
@@ -66,7 +79,10 @@ class Backbone(nn.Module, ABC):
                 f"expected floating-point images of shape (B, 3, {IMAGE_SIZE[0]}, {IMAGE_SIZE[1]}) scaled to -1 … 1, "
                 f"got {images_B3HW.dtype} of shape {tuple(images_B3HW.shape)}: align and normalise_pixels first"
             )
-        compiled = self._compiled_body if self.training and torch.is_grad_enabled() else None
+        is_training = self.training and torch.is_grad_enabled()
+        if is_training and self._recorded is not None and self._recorded.takes(images_B3HW):
+            return self._recorded(images_B3HW)
+        compiled = self._compiled_body if is_training else None
         features_BCHW = self.body(images_B3HW) if compiled is None else compiled(self, images_B3HW)
         with torch.autocast(features_BCHW.device.type, enabled=False):
             return self.head(features_BCHW.to(next(self.parameters()).dtype))

@@ -51,6 +51,9 @@ class ModelConfig:
     compile: bool = False
     """Train the backbone through torch.compile. It takes a minute or so to begin with, needs a C++ compiler, and gave
     the training step nothing on an H100 (docs/backbones.md)."""
+    graph: bool = False
+    """Record the backbone's passes of a micro-batch, forward and backward, as CUDA graphs, and replay them: for a GPU
+    that waits for a host that is slow at launching kernels. It takes more memory (docs/backbones.md)."""
     shard: Literal["none", "host", "all"] = "none"
     """Cut the backbone's weights, gradients and moments over ranks, by FSDP2: over all, or over those of a host, with a
     copy on each host. Less memory, more bytes on the wire, the same training (docs/several_machines.md)."""
@@ -66,6 +69,9 @@ class ModelConfig:
             self.compile,
             "false with model.shard, whose gathers torch.compile would have to break its programs at",
         )
+        for name, off in (("compile", False), ("shard", "none"), ("recompute", 0)):
+            value = getattr(self, name)
+            require(not self.graph or value == off, "model." + name, value, f"{str(off).lower()} with model.graph")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,7 +225,21 @@ class RunConfig:
     tensorboard: TensorBoardConfig = field(default_factory=TensorBoardConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
+    def share(self, ranks: int) -> tuple[int, int]:
+        """`TrainConfig.share`. Raises ConfigError also for several micro-batches a step with `model.graph`."""
+        size, accumulation = self.train.share(ranks)
+        if self.model.graph and accumulation > 1:  # the next replay overwrites gradients that DDP has not copied
+            total = self.train.global_batch
+            name, remedy = ("global_batch", "use more ranks") if total else ("accumulation", "set it to 1")
+            raise ConfigError(
+                f"train.{name}: expected one micro-batch a step with model.graph, got {accumulation} of {size} images: "
+                f"{remedy}, or a larger train.batch_size, or set model.graph to false"
+            )
+        return size, accumulation
+
     def __post_init__(self) -> None:
+        if not self.train.global_batch:  # else it takes the number of ranks to know
+            self.share(1)
         catch_up = self.head.missed_steps == "catch_up"
         require(not catch_up or self.optim.name == "sgd", "optim.name", self.optim.name, "sgd with catch_up")
         c = self.clustering

@@ -55,6 +55,10 @@ def on_all_ranks(backbone: Backbone, model: ModelConfig, ranks: Ranks) -> Distri
 
     backbone: on the CPU. Raises ConfigError.
     """
+    if model.graph and ranks.device.type != "cuda":
+        raise ConfigError(
+            f"model.graph: expected a GPU, whose graphs they are, got {ranks.device.type}: set it to false"
+        )
     if ranks.world_size > 1 and model.shard != "none":
         fewest, most = extremes(ranks.host_ranks, ranks.group, ranks.device)
         inside = shard_ranks(model.shard, ranks.world_size, most if fewest == most else -1)

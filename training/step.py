@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from backbones import normalise_pixels
+from backbones import IMAGE_SIZE, normalise_pixels
 from clustering.service.service import ClusterService
-from configs.schema import RunConfig
+from configs.schema import ConfigError, RunConfig
 from data.loading.batch import Batch
 from partial_fc.collectives import GatheredBatch
 from partial_fc.head import PartialFCHead
@@ -138,6 +138,31 @@ class TrainStep:
             row_sums=tuple(row_sums),
         )
 
+    def record(self, batch_size: int) -> None:
+        """`model.graph`: micro-batches of so many images pass the backbone as CUDA graphs from now on.
+
+        Call it once weights and buffers lie where they stay, while no other thread uses the GPU. No collective. Raises
+        ConfigError for a backbone that cannot be recorded.
+        """
+        images_B3HW = torch.zeros(batch_size, 3, *IMAGE_SIZE, device=self.device)
+        try:
+            with self._autocast(cache=False):
+                self.backbone.module.record(images_B3HW.to(memory_format=torch.channels_last))  # as loaders give them
+        except Exception as error:  # a network of timm's may do nearly anything
+            first: BaseException = error
+            while first.__context__ is not None:  # the end of a recording that has failed fails as well
+                first = first.__context__
+            said = str(first).strip().partition("\n")[0] or type(first).__name__
+            raise ConfigError(
+                "model.graph: expected a backbone that CUDA graphs can hold, which never waits for the host, got "
+                f"{said:.200}: set it to false"
+            ) from None
+
+    def _autocast(self, *, cache: bool | None = None) -> torch.autocast:
+        """cache: of the weights' casts; None: torch's own choice."""
+        dtype = _AUTOCAST.get(self.config.train.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=cache)
+
     @torch.no_grad()
     def _clip(self) -> tuple[Tensor, Tensor]:
         """Norms of the backbone's gradient and of each parameter's, before it is clipped as by `clip_grad_norm_`."""
@@ -175,8 +200,7 @@ class TrainStep:
         self._undo.restore(skipped)
 
     def _accumulate(self, micro: Batch, step: int, share: float) -> tuple[Tensor, GatheredBatch]:
-        dtype = _AUTOCAST.get(self.config.train.precision)
-        with self.backbone_time, torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with self.backbone_time, self._autocast():
             embedding_BD = self.backbone(normalise_pixels(micro.images))
 
         with self.head_time:

@@ -47,7 +47,7 @@ class Trainer:
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         train = config.train
-        self.batch_size, self.accumulation = train.share(ranks.world_size)
+        self.batch_size, self.accumulation = config.share(ranks.world_size)
         self.output = Path(train.output)
         make_writable(self.output, ranks.rank)
         sinks = build_sinks(config.monitor, lambda line: self.log.say(line))  # noqa: PLW0108  # all refuse it alike
@@ -106,6 +106,8 @@ class Trainer:
         trained = [name for name, p in self.backbone.module.named_parameters() if p.requires_grad]
         self.guard = Guard(config.guard, parameters=trained, ranks=ranks, say=lambda line: self.log.say(line))  # noqa: PLW0108
         self._start()
+        if config.model.graph:
+            self.train_step.record(self.batch_size)  # before any thread of the loader's
         self.board = Board(config, self.records, self.verification.sets, self.service, ranks, self.output)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------

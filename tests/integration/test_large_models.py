@@ -61,6 +61,7 @@ def test_a_compiled_run_goes_on_and_leaves_plain_weights(
         ("model.recompute=2", "model.recompute: expected 0 to 1, a share of the blocks, got 2"),
         ("model.recompute=all", "model.recompute"),
         ("model.compile=inductor", "model.compile"),
+        ("model.graph=true", "model.graph: expected a GPU, whose graphs they are, got cpu: set it to false"),
         ("model.backbone=timm/", "model.backbone: "),
         ("model.backbone=timm/hf-hub:someone/model", "model.backbone: "),
     ],

@@ -14,7 +14,7 @@ _FREE_TO_CHANGE = {
     "data": {"path", "cache", "cache_gb", "backend", "threads", "prefetch", "max_bad_images"},
     "eval": {"sets", "every_epochs", "batch_size"},
     "head": {"impl"},
-    "model": {"recompute", "compile", "shard"},
+    "model": {"recompute", "compile", "graph", "shard"},
     "clustering": {"step_budget", "block", "start"},
     "tensorboard": {"sheet_classes", "projector_images"},
     "profile": {"steps", "after", "all_ranks"},

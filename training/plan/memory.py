@@ -8,10 +8,12 @@ Legend: as in `state`; B images of a micro-batch, N = B W rows of the global one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from backbones import IMAGE_SIZE
 from clustering.service import seeds
 from configs.schema import ConfigError, RunConfig
 from partial_fc.tiles import KEPT_BYTES, TILE_BYTES
@@ -149,8 +151,13 @@ def _backbone(config: RunConfig, sizes: Sizes, batch: int, *, cuda: bool) -> Ite
     if inside > 1:  # the next block is on its way while one runs; its gradient is whole until it is scattered
         yield Row(name="backbone: gathered, until backward", bytes=4 * net.whole, when=("backbone", "head"))
         yield Row(name="backbone: gathered blocks", bytes=3 * 4 * net.block, when=("backbone",))
-    yield Row(name="backbone: activations kept", bytes=once.kept, when=("backbone", "head"))
-    yield Row(name="backbone: at a time", bytes=once.peak - once.kept, when=("backbone",))
+    graph = config.model.graph  # which keeps the memory of all that it computes
+    yield Row(name="backbone: activations kept", bytes=once.kept, when=MOMENTS if graph else ("backbone", "head"))
+    yield Row(name="backbone: at a time", bytes=once.peak - once.kept, when=MOMENTS if graph else ("backbone",))
+    if graph:
+        yield Row(
+            name="backbone: gradients and images of the graphs", bytes=own + batch * 4 * 3 * math.prod(IMAGE_SIZE)
+        )
     yield Row(name="images of a micro-batch", bytes=batch * state.IMAGE_BYTES)
     if not cuda:  # torch's loop over parameters adds decay to a copy of each gradient; a GPU's optimizer is one kernel
         yield Row(name="backbone: optimizer at a time", bytes=-(-4 * net.largest // inside), when=("update",))

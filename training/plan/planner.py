@@ -146,7 +146,7 @@ def make_plan(scenario: Scenario) -> Plan:
     """Raises ConfigError for settings that no run could have: an unknown backbone, a batch that ranks cannot share, a
     precision that the device has not, an epoch without a step."""
     config, sizes, device = scenario.config, scenario.sizes, scenario.device
-    _, A = config.train.share(scenario.ranks)
+    _, A = config.share(scenario.ranks)
     found = memory.memory_of(config, sizes, device)
     refresh = _refresh_seconds(scenario)
     parts = _parts(scenario)
@@ -225,6 +225,7 @@ def _parts(scenario: Scenario) -> list[Part]:
         parts.append(Part(name="clusters: bank and centres", seconds=kept, assumed=others))
     # What travels beside the backbone's work: its gradients with the last micro-batch, its weights with all of them.
     room = _HIDDEN * ((backbone - ahead) / A if state.copy_ranks(config, sizes) == 1 else backbone)
+    room *= not config.model.graph  # which hands gradients over at its end
     for one in traffic.of_step(config, sizes):
         seconds, hidden = collective_seconds(one, scenario), 0.0
         if one.what in traffic.OF_BACKBONE:
@@ -247,6 +248,8 @@ def _refresh_seconds(scenario: Scenario) -> float:
 
 
 def _host_floor(scenario: Scenario) -> float:
+    if scenario.config.model.graph:  # two launches
+        return 0.0
     return scenario.rates.host_seconds(work.of_backbone(scenario.config, scenario.sizes))
 
 

@@ -80,7 +80,7 @@ def write_start(
     )
     train.share(ranks)
     local = dataclasses.replace(config.data, backend="cpu")
-    model = dataclasses.replace(config.model, compile=False)  # the run may compile it all the same
+    model = dataclasses.replace(config.model, compile=False, graph=False)  # the run may have them all the same
     config = dataclasses.replace(config, model=model, train=here, data=local, monitor=MonitorConfig())
     with open_ranks(dataclasses.replace(here, device="cpu")) as alone:
         if alone.world_size > 1:
