@@ -41,7 +41,7 @@ _CONFIG = Path(__file__).parents[1] / "configs" / "ms1mv3_r50.yaml"
 _FILLED_AT_ONCE = 1 << 14
 _JUMP = 50  # steps at a time of the refresh that is not timed
 _COSINE = 0.65  # of a row to its person
-_TURN = 20  # steps
+_TURN = 10  # steps
 
 
 def long_tailed_labels(images: int, classes: int, generator: np.random.Generator) -> npt.NDArray[np.int64]:
@@ -95,6 +95,8 @@ class Arm:
             config=config,
             device=ranks.device,
         )
+        if config.model.graph:
+            self.train_step.record(config.train.batch_size)
 
     def prepare(self) -> int:
         """Fill the bank, publish the first version, begin the second refresh; the step that comes next. If guided."""
@@ -163,6 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=int, default=93_431, metavar="C")
     parser.add_argument("--batch", type=int, default=128, metavar="B")
     parser.add_argument("--backbone", default="iresnet50")
+    parser.add_argument(
+        "--graph", action="store_true", help="both with model.graph: what a host's launches cost is left out"
+    )
     parser.add_argument("--steps", type=int, default=200, help="timed, default 200")
     parser.add_argument("--warmup", type=int, default=20, help="steps before those, default 20")
     parser.add_argument("--device", choices=["auto", "cuda", "cpu"], default="auto")
@@ -186,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 [
                     *("clustering.warmup_fraction=0", "clustering.ramp_fraction=0", f"train.batch_size={args.batch}"),
                     *(f"model.backbone={args.backbone}", "eval.sets=[]"),
+                    f"model.graph={str(args.graph).lower()}",
                     *(() if ranks.device.type == "cuda" else ("train.precision=fp32",)),
                 ],
             )

@@ -22,6 +22,7 @@ from partial_fc.kernel_parts import (
     BLOCK_MULTIPLE,
     Chunks,
     exponentials,
+    larger,
     on_device,
     operand,
     product_arguments,
@@ -82,10 +83,10 @@ def _splits(blocks: int, size: int, device: torch.device) -> int:
 def _launch(terms: Terms, launch: Launch, want_u: bool) -> tuple[Tensor, Tensor | None]:
     N, D = terms.x_ND.shape
     arguments = product_arguments(terms)
-    chunks = Chunks(terms.w_CD, terms.rows_S, arguments)
+    blocks = -(-N // launch.kept)
+    chunks = Chunks(terms.w_CD, terms.rows_S, arguments, reads=blocks)
     if terms.owner_C is not None:
         arguments |= {"rows": terms.owner_C, "C": terms.owners}  # instead of numbers of their own
-    blocks = -(-N // launch.kept)
     splits = _splits(blocks, chunks.size, terms.x_ND.device)
     other_PN = terms.x_ND.new_zeros(splits, N)
     u_PNE = terms.x_ND.new_zeros(splits, N, arguments["E"]) if want_u else None
@@ -114,7 +115,7 @@ def run(terms: Terms, *, want_u: bool) -> tuple[Tensor, Tensor | None]:
         return terms.x_ND.new_zeros(N), terms.x_ND.new_zeros(N, D) if want_u else None
 
     def prepare() -> Callable[[Launch], object]:
-        trial_terms = scratch(terms)
+        trial_terms = scratch(terms, larger(-(-N // 64)))
         return lambda launch: _launch(trial_terms, launch, want_u)
 
     with on_device(terms.x_ND):

@@ -30,6 +30,8 @@ ROW_BLOCK, ROW_WARPS = (64, 1) if interpreted() else (8, 8)
 the interpreter takes about as long for a program of any size."""
 _CHUNK_BYTES = 32 << 20
 """Of an H100's 50 MB of L2 cache."""
+_FEW_READS = 8
+"""A chunk that is read less often need not stay there: it is larger, as every chunk's sums go to memory and back."""
 
 
 @triton.jit
@@ -112,14 +114,19 @@ def product_arguments(terms: Terms) -> dict[str, Any]:
     }
 
 
+def larger(reads: int) -> int:
+    """How many times larger a chunk is that is read so often."""
+    return max(1, _FEW_READS // max(1, reads))
+
+
 class Chunks:
     """Walks over the classes that take part, chunk by chunk."""
 
-    def __init__(self, w_CD: Tensor, rows_S: Tensor | None, arguments: dict[str, Any]) -> None:
-        """arguments: of `product_arguments`, for any batch."""
+    def __init__(self, w_CD: Tensor, rows_S: Tensor | None, arguments: dict[str, Any], reads: int = _FEW_READS) -> None:
+        """arguments: of `product_arguments`, for any batch. reads: how often the kernel reads a chunk."""
         x_NE = arguments["x"]
         self.total = len(w_CD) if rows_S is None else len(rows_S)
-        fitting = _CHUNK_BYTES // (x_NE.shape[1] * x_NE.element_size())
+        fitting = larger(reads) * _CHUNK_BYTES // (x_NE.shape[1] * x_NE.element_size())
         self.size = min(fitting, -(-self.total // BLOCK_MULTIPLE) * BLOCK_MULTIPLE)
         """Classes of a chunk, a multiple of BLOCK_MULTIPLE."""
         self.unit_cE = x_NE.new_empty(self.size, x_NE.shape[1])

@@ -76,10 +76,11 @@ def fastest(kind: Hashable, terms: Terms, prepare: Callable[[], Callable[[Launch
     return _chosen[key]
 
 
-def scratch(terms: Terms) -> Terms:
-    """The same batch against some centres of no meaning, for a trial."""
-    C, device = min(len(terms.w_CD), _SCRATCH_ROWS), terms.w_CD.device
+def scratch(terms: Terms, times: int = 1) -> Terms:
+    """The same batch against some centres of no meaning, for a trial. times: how many times as many as usual."""
+    C, device = min(len(terms.w_CD), times * _SCRATCH_ROWS), terms.w_CD.device
     generator = torch.Generator(device).manual_seed(0)  # its own: dropout's draws must not depend on trials
     w_CD = torch.randn(C, terms.w_CD.shape[1], device=device, generator=generator).to(terms.w_CD.dtype)
     rows_C = None if terms.rows_S is None else torch.arange(C, device=device)
-    return dataclasses.replace(terms, w_CD=w_CD, rows_S=rows_C)
+    owner_C = None if terms.owner_C is None else terms.owner_C[:C]
+    return dataclasses.replace(terms, w_CD=w_CD, rows_S=rows_C, owner_C=owner_C)

@@ -31,7 +31,7 @@ def work_of_step(scenario: Scenario) -> Work:
         forward,
         update,
         work.of_optimizer(config, device),
-        work.of_cluster_losses(config, sizes),
+        work.of_cluster_losses(config, sizes, device),
     ]
     interval = max(1, sizes.samples // scenario.images)
     parts.append({name: amount / interval for name, amount in work.of_refresh(config, sizes).items()})

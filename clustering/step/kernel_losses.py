@@ -19,6 +19,7 @@ from clustering.step.plain import NOBODY, Columns
 from partial_fc import kernel_forward
 from partial_fc.kernel_parts import MIN_NORM, on_device
 from partial_fc.kernel_terms import Terms
+from partial_fc.kernels import MAX_DIM
 
 _TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
 
@@ -130,9 +131,10 @@ def own(columns: Columns, x_ND: Tensor, labels_N: Tensor, temperature: float) ->
 def others(
     columns: Columns, x_ND: Tensor, labels_N: Tensor, temperature: float, product_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`step_plain.others`, by the head's kernel: exponentials stay in registers. Not for float32 operands, which GPUs
-    multiply faster in large products."""
-    if product_dtype == torch.float32:
+    """`step_plain.others`, by the head's kernel: exponentials stay in registers. Not for rows that are too long for it,
+    nor for float32 operands, which GPUs multiply faster in large products.
+    """
+    if product_dtype == torch.float32 or x_ND.shape[1] > MAX_DIM:
         return plain.others(columns, x_ND, labels_N, temperature, product_dtype)
     terms = Terms(
         x_ND=x_ND,

@@ -125,7 +125,7 @@ def test_steps_are_those_without(gpu: Ranks, replays: list[int], name: str, prec
     (plain_losses, plain, start), (losses, found, start_too) = results
     assert all(torch.equal(value, start_too[key]) for key, value in start.items()), "recording moved something"
     torch.testing.assert_close(losses, plain_losses, rtol=1e-3, atol=0)
-    limit = 1e-3 if precision == "fp32" else 2e-2
+    limit = 1e-3 if precision == "fp32" else 5e-2
     assert apart(found, plain, start, "weights") < limit
     assert apart(found, plain, start, "statistics") < limit
     counts = {int(value) for key, value in found.items() if key.endswith("num_batches_tracked")}

@@ -119,6 +119,11 @@ def by_triton(config: RunConfig, device: Device) -> bool:
     return device.cuda and fits and head.impl in ("auto", "triton")
 
 
+def contrast_by_triton(config: RunConfig, device: Device) -> bool:
+    """Whether the contrastive loss is computed by that of them that the head's forward pass has."""
+    return device.cuda and device.triton and config.model.embedding_size <= 512 and config.train.precision == "bf16"
+
+
 def memory_of(config: RunConfig, sizes: Sizes, device: Device) -> Memory:
     """Memory of the rank that holds most. Raises ConfigError for a backbone that is not known, or a batch that ranks
     cannot share out."""
@@ -184,13 +189,19 @@ def _head(config: RunConfig, sizes: Sizes, batch: int, device: Device) -> Iterat
 
 def _kernels(config: RunConfig, S: int, N: int) -> Iterator[Row]:
     """One chunk: unit centres, and in the update its sums in float32; partial sums of the forward pass."""
-    D = 1 << max(4, (config.model.embedding_size - 1).bit_length())
-    half = config.train.precision == "bf16"
-    unit = min(_CHUNK, S * D * (2 if half else 4))
+    unit, partial = _forward_kernel(config, S, N)
     yield Row(name="head: a chunk of centres", bytes=unit, when=("head", "update"))
-    yield Row(name="head: its sums", bytes=unit * (2 if half else 1), when=("update",))
-    splits = max(1, min(-(-2 * 132 // -(-N // 64)), S // 128))  # partial_fc.kernel_forward, on an H100's 132 cores
-    yield Row(name="head: partial sums", bytes=4 * splits * N * (D + 1), when=("head",))
+    yield Row(name="head: its sums", bytes=unit * (2 if config.train.precision == "bf16" else 1), when=("update",))
+    yield Row(name="head: partial sums", bytes=partial, when=("head",))
+
+
+def _forward_kernel(config: RunConfig, S: int, N: int) -> tuple[int, int]:
+    """A chunk of unit centres, and partial sums (`partial_fc.kernel_forward`, on an H100's 132 cores)."""
+    D = 1 << max(4, (config.model.embedding_size - 1).bit_length())
+    blocks = -(-N // 64)
+    splits = max(1, min(-(-2 * 132 // blocks), S // 128))
+    chunk = max(1, 8 // blocks) * _CHUNK
+    return min(chunk, S * D * (2 if config.train.precision == "bf16" else 4)), 4 * splits * N * (D + 1)
 
 
 def _tiles(config: RunConfig, S: int, N: int, *, cuda: bool) -> Iterator[Row]:
@@ -230,8 +241,12 @@ def _clusters(config: RunConfig, sizes: Sizes, batch: int, device: Device) -> It
     yield Row(name="refresh: snapshot of the bank", bytes=state.snapshot_bytes(config, sizes))
     yield Row(name="refresh: k-means", bytes=state.kmeans_bytes(config, sizes))
     yield Row(name="refresh: publication", bytes=state.publication_bytes(config, sizes))
-    tile = min(_CONTRAST["cuda" if device.cuda else "cpu"], N * max(64, S))
-    yield Row(name="contrastive loss: a tile", bytes=2 * 4 * tile + 5 * 4 * N * D, when=("head",))
+    if contrast_by_triton(config, device):
+        forward = sum(_forward_kernel(config, S, N))
+        yield Row(name="contrastive loss: a chunk, sums", bytes=forward + 5 * 4 * N * D, when=("head",))
+    else:
+        tile = min(_CONTRAST["cuda" if device.cuda else "cpu"], N * max(64, S))
+        yield Row(name="contrastive loss: a tile", bytes=2 * 4 * tile + 5 * 4 * N * D, when=("head",))
     # The slice of a refresh that takes most: rows that are added to sums, copied, in float64 and squared; clusters,
     # samples and candidates where empty clusters are seeded; new centres in float64; or numbers of all classes.
     added = 18 * D * min(_ADDED_AT_ONCE, P)

@@ -219,7 +219,9 @@ def _parts(scenario: Scenario) -> list[Part]:
         Part(name="backbone's optimizer", seconds=rates.seconds(work.of_optimizer(config, device)), assumed=cuda),
     ]
     if config.clustering.enabled:
-        seconds = rates.seconds(work.of_cluster_losses(config, sizes)) + A * rates.fixed.get("cluster losses", 0.0)
+        seconds = rates.seconds(work.of_cluster_losses(config, sizes, device)) + A * rates.fixed.get(
+            "cluster losses", 0.0
+        )
         parts.append(Part(name="cluster losses", seconds=seconds, assumed=others))
         kept = A * rates.fixed.get("bank and centres", 0.0)
         parts.append(Part(name="clusters: bank and centres", seconds=kept, assumed=others))
@@ -283,7 +285,7 @@ def _notes(scenario: Scenario) -> list[str]:
         if _is_transformer(scenario):
             share = GPU["product"].value
             notes.append(f"matrix products of the backbone: {share:g} of the peak; not measured on a GPU")
-        if config.clustering.enabled:
+        if config.clustering.enabled and not memory.contrast_by_triton(config, device):
             notes.append(f"logits of the contrastive loss: {LOGIT_BYTES:g} bytes moved for each; measured for 128 rows")
         small = 1e3 * sum(one.value for one in FIXED.values())
         notes.append(f"kernels that are small anywhere: {small:.2g} ms a micro-batch, as on an H200")

@@ -10,7 +10,7 @@ from typing import Literal
 from configs.schema import RunConfig
 from partial_fc.tiles import KEPT_BYTES
 from training.plan.devices import Device
-from training.plan.memory import by_triton, pass_of, taking_part
+from training.plan.memory import by_triton, contrast_by_triton, pass_of, taking_part
 from training.plan.state import Sizes, backbone_of, clusters_of_rank
 
 Resource = Literal["convolution", "product", "head", "contrast", "kmeans", "logit", "draw", "moved", "call"]
@@ -67,14 +67,17 @@ def of_optimizer(config: RunConfig, device: Device) -> Work:
     return {"moved": float(each * backbone_of(config).parameters)}
 
 
-def of_cluster_losses(config: RunConfig, sizes: Sizes) -> Work:
+def of_cluster_losses(config: RunConfig, sizes: Sizes, device: Device) -> Work:
     """The contrastive loss with its gradient; the alignment loss, and the bank's rows, are some rows of the batch."""
     if not config.clustering.enabled:
         return {}
     batch, A = config.train.share(sizes.ranks)
     D, N = config.model.embedding_size, batch * sizes.ranks
     S = clusters_of_rank(config, sizes)
-    return {"contrast": 4.0 * A * N * S * D, "logit": float(A * N * S), "moved": A * (4.0 * D * S + 60.0 * N * D)}
+    product, moved = 4.0 * A * N * S * D, A * (4.0 * D * S + 60.0 * N * D)
+    if contrast_by_triton(config, device):
+        return {"head": product, "moved": moved}
+    return {"contrast": product, "logit": float(A * N * S), "moved": moved}
 
 
 def of_refresh(config: RunConfig, sizes: Sizes) -> Work:
