@@ -5,6 +5,7 @@ Legend: as in `kernel_problems`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -191,9 +192,9 @@ def check_chunks(device: str) -> None:
 
 def check_tuning(device: str) -> None:
     """The fastest launch that fits, timed once for all batches of about a size."""
-    import triton
     from triton.runtime.errors import OutOfResources
 
+    from partial_fc import kernel_tuning
     from partial_fc.kernel_tuning import Launch, fastest, launches
 
     terms = problem(Case(33, 252, 50, product_dtype=BF16), device).terms
@@ -206,7 +207,7 @@ def check_tuning(device: str) -> None:
         return len(tried) % 3
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton.testing, "do_bench", lambda fn, **_: fn())
+        patch.setattr(kernel_tuning, "timed", lambda work, _: work())
         chosen = fastest("test", terms, lambda: trial)
         assert tried == list(launches(256, BF16))
         assert chosen == tried[2]
@@ -216,6 +217,35 @@ def check_tuning(device: str) -> None:
         tried.clear()
         with pytest.raises(RuntimeError, match="no block size"):
             fastest("none", terms, lambda: lambda launch: _raise(OutOfResources(300_000, 232_448, "registers")))
+
+
+def check_timing() -> None:
+    """On a pretended GPU: all runs of a turn are launched while the stream is held up, and the best turn counts."""
+    from partial_fc.kernel_tuning import timed
+
+    said: list[str] = []
+    turns = iter([8.0, 4.0, 12.0, 6.0, 10.0])
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("event")
+
+        def synchronize(self) -> None:
+            said.append("wait")
+
+        def elapsed_time(self, _: Event) -> float:
+            return next(turns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
+        patch.setattr(torch.cuda, "_sleep", lambda _: said.append("hold"), raising=False)
+        assert timed(lambda: said.append("run"), torch.device("cpu")) == 1.0
+    assert said == ["run", *(["wait", "hold", "event", *["run"] * 4, "event", "wait"] * 5)]
 
 
 def _raise(error: Exception) -> None:

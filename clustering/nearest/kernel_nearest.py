@@ -23,6 +23,7 @@ from triton.errors import TritonError
 
 from partial_fc.choice import say_once
 from partial_fc.kernel_terms import interpreted
+from partial_fc.kernel_tuning import timed
 
 Find = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -127,9 +128,8 @@ def _fastest(x_bD: Tensor, operand_sD: Tensor) -> Launch:
         milliseconds: dict[Launch, float] = {}
         for launch in _LAUNCHES[operand_sD.dtype]:
             try:
-                milliseconds[launch] = triton.testing.do_bench(
-                    lambda launch=launch: _run(points, centres, hidden_b, launch), warmup=10, rep=40
-                )
+                work = functools.partial(_run, points, centres, hidden_b, launch)
+                milliseconds[launch] = timed(work, x_bD.device)
             except TritonError:  # too large for the GPU, or for its compiler
                 continue
         if not milliseconds:

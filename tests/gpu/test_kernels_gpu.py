@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import time
 
 import pytest
 import torch
@@ -91,3 +93,15 @@ def test_rows_lie_beyond_two_billion_numbers() -> None:
     assert torch.equal(own, w_CD[-300:])
     assert torch.equal(states[0], states[1][-300:])
     assert not w_CD[:-300].any()
+
+
+def test_a_slow_host_does_not_make_a_kernel_slower() -> None:
+    from partial_fc.kernel_tuning import timed
+
+    def work(seconds: float) -> None:
+        time.sleep(seconds)
+        torch.cuda._sleep(1_000_000)
+
+    device = torch.device("cuda", 0)
+    alone, behind = (timed(functools.partial(work, seconds), device) for seconds in (0, 0.001))
+    assert behind < 1.3 * alone

@@ -121,6 +121,11 @@ def test_kernels_compile(compiler: Run) -> None:
 
 
 @needs_triton
+def test_a_trial_times_the_gpu_and_not_the_host(compiler: Run) -> None:
+    compiler(kernel_cases.check_timing)
+
+
+@needs_triton
 def test_the_fastest_launch_that_fits_is_kept(compiler: Run) -> None:
     compiler(kernel_cases.check_tuning, "cpu")
 
