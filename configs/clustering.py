@@ -23,7 +23,7 @@ class ClusteringConfig:
     refresh_span: float = 0.5
     """Share of that interval over which a refresh is spread, slice by slice."""
     block: int = 0
-    """Samples a slice assigns at a time; 0: 4096 on CPUs, and on GPUs by the number of clusters, up to 32768."""
+    """Samples a slice assigns at a time; 0: 4096 on CPUs, and on GPUs by the clusters of a rank, up to 131072."""
     step_budget: float = 0.0
     """Largest share of a training step's time for refreshes, which are spread longer or cut to keep it; 0: no limit."""
     start: str = ""

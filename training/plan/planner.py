@@ -288,7 +288,7 @@ def _notes(scenario: Scenario) -> list[str]:
         if config.clustering.enabled and not memory.contrast_by_triton(config, device):
             notes.append(f"logits of the contrastive loss: {LOGIT_BYTES:g} bytes moved for each; measured for 128 rows")
         small = 1e3 * sum(one.value for one in FIXED.values())
-        notes.append(f"kernels that are small anywhere: {small:.2g} ms a micro-batch, as on an H200")
+        notes.append(f"kernels that are small anywhere: {small:.2g} ms a micro-batch, as on an H100 and an H200")
     if state.copy_ranks(config, scenario.sizes) > 1:
         whole = 4e-9 * state.backbone_of(config).parameters
         notes.append(f"memory: an evaluation holds the backbone's weights whole, {whole:.2g} GB, which are not counted")
