@@ -1,7 +1,8 @@
 """What the kernels share. Importing this needs Triton; `partial_fc.kernels` is the way in.
 
 Classes come in chunks. A chunk's centres are gathered, normalised and rounded to what the products take, into a scratch
-tensor that stays in the GPU's L2 cache while a kernel of products reads it over and over.
+tensor that stays in the GPU's L2 cache while a kernel of products reads it over and over; a larger one where that is
+but a few times.
 
 Legend: N rows of the batch and n of one block; C centres, S that take part, c of one chunk or tile; D columns, E the
 next power of two.

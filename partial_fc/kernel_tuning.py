@@ -86,7 +86,9 @@ def fastest(kind: Hashable, terms: Terms, prepare: Callable[[], Callable[[Launch
     if interpreted():
         return _INTERPRETED
     N, D = terms.x_ND.shape
-    key = (kind, terms.x_ND.device, N.bit_length(), D, terms.w_CD.dtype, terms.product_dtype)
+    # A trial on fewer centres than usual speaks for no others.
+    sizes = (N.bit_length(), D, min(len(terms.w_CD), _SCRATCH_ROWS))
+    key = (kind, terms.x_ND.device, *sizes, terms.w_CD.dtype, terms.product_dtype)
     if key not in _chosen:
         trial = prepare()
         milliseconds: dict[Launch, float] = {}

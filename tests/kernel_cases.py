@@ -214,6 +214,9 @@ def check_tuning(device: str) -> None:
         longer = dataclasses.replace(terms, x_ND=torch.cat([terms.x_ND] * 2)[:63])
         assert fastest("test", longer, lambda: trial) == chosen
         assert len(tried) == len(launches(256, BF16))
+        fewer = dataclasses.replace(terms, w_CD=terms.w_CD[:40])
+        fastest("test", fewer, lambda: trial)
+        assert len(tried) == 2 * len(launches(256, BF16)), "fewer centres: a trial of their own"
         tried.clear()
         with pytest.raises(RuntimeError, match="no block size"):
             fastest("none", terms, lambda: lambda launch: _raise(OutOfResources(300_000, 232_448, "registers")))

@@ -148,6 +148,8 @@ class TrainStep:
         try:
             with self._autocast(cache=False):
                 self.backbone.module.record(images_B3HW.to(memory_format=torch.channels_last))  # as loaders give them
+        except torch.OutOfMemoryError:
+            raise  # which says what it is
         except Exception as error:  # a network of timm's may do nearly anything
             first: BaseException = error
             while first.__context__ is not None:  # the end of a recording that has failed fails as well

@@ -9,9 +9,11 @@ Cosines are bounded, so exp() stays below exp(1/tau) and needs no pass for a max
     d loss_i / dz = U_O / (P + O) - (U_P / P) (O / (P + O)),    U = sum of the same terms times c_k / tau
 
 is emitted by the forward pass: U_O and U_P are collected beside O and P, and nothing is left for backward.
-O takes tiles (N, s), one at a time, whatever the number of clusters. P takes the few clusters of each row's class.
+O takes no more than tiles (N, s), one at a time, whatever the number of clusters; in bf16 on GPUs they stay in
+registers. P takes the few clusters of each row's class.
 
-Legend: N rows of the global batch, D embedding size, S candidate clusters of this rank, s of them in a tile.
+Legend: N rows of the global batch, D embedding size, S columns of this rank (clusters, and means of classes without
+one), s of them in a tile.
 """
 
 from __future__ import annotations
@@ -64,9 +66,9 @@ def contrastive_loss(
 ) -> Tensor:
     """L_scc: mean of loss_i over the rows that take part; a scalar, the same on all ranks, 0 when none does.
 
-    Rows that are suspect (bool (N,)) or have label -1 take no part; a row whose class owns no candidate adds 0.
+    Rows that are suspect (bool (N,)) or have label -1 take no part; a row whose class owns no column adds 0.
     temperature: tau, above 0.02 so that exp(1 / tau) fits float32. product_dtype: operands of the matrix products.
-    Backward gives x_ND this rank's candidates' share of the gradient (sum over ranks to get all of it). Forward
+    Backward gives x_ND this rank's columns' share of the gradient (sum over ranks to get all of it). Forward
     runs one all-reduce of 2N floats, backward none; no host sync.
     """
     taken_N = (batch.labels_N >= 0) & ~suspect_N

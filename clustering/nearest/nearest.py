@@ -7,7 +7,8 @@ two rows alone, ties going to the smaller cluster. The result does not depend on
 Two numbers are kept of the cosines of a tile, a few more by the kernel for Hopper GPUs: they are never written but into
 a buffer that stays in a CPU's cache, or not at all on GPUs (`clustering.nearest.kernel_nearest`).
 
-Legend: b points of a block, s centres of a tile, D embedding size, q pairs of a point and a centre.
+Legend: b points of a block, s centres of a tile, D embedding size, q pairs of a point and a centre; L candidates of a
+point, l of them and one more.
 """
 
 from __future__ import annotations

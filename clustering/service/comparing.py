@@ -1,7 +1,7 @@
 """Points of this rank against the centres of one rank after another, a block a slice: what k-means takes its time for.
 
-On a GPU the host waits once a block, at its end (`clustering.nearest.nearest`): what else it would have to know is
-counted once, or read when the pass is over.
+On a GPU the host waits once a block, at its end, and more often only where points have a crowd of candidates
+(`clustering.nearest.nearest`): what else it would have to know is counted once, or read when the pass is over.
 
 Legend: P points of this rank, b points of a block, S centres shown, s of them that exist, D embedding size.
 """
@@ -47,6 +47,11 @@ class Comparing:
         if not bool(self._finite):
             raise FloatingPointError("embeddings are not finite")
 
+    def look(self, block: int) -> None:
+        """Whether a block's embeddings are finite, which `check` says."""
+        x_bD = self._x_PD[block * self._block :][: self._block]
+        self._finite &= torch.isfinite(x_bD).all()
+
     def compare_(self, block: int, taking_part_P: Tensor, best_P: Tensor, index_P: Tensor) -> None:
         """Keep the better of what is known of a block's points and of the nearest centre shown, in place.
 
@@ -56,15 +61,14 @@ class Comparing:
         x_bD, best_b, index_b = self._x_PD[part], best_P[part], index_P[part]
         if not len(x_bD):
             return
-        self._finite &= torch.isfinite(x_bD).all()
         if self._takers is None:
             self._takers = torch.stack([part_b.sum() for part_b in taking_part_P.split(self._block)]).tolist()
         centres_sD, operand_sD, cluster_s = self._those_that_exist()
         if not len(centres_sD) or not self._takers[block]:
             return
-        all_of_them = self._takers[block] == len(x_bD)
-        chosen_b = slice(None) if all_of_them else taking_part_P[part].nonzero()[:, 0]
-        state = Nearest.unknown(self._takers[block], x_bD.device)
+        takers = self._takers[block]
+        chosen_b = slice(None) if takers == len(x_bD) else torch.nonzero_static(taking_part_P[part], size=takers)[:, 0]
+        state = Nearest.unknown(takers, x_bD.device)
         state.best_b.copy_(best_b[chosen_b])
         state.index_b.copy_(index_b[chosen_b])
         nearest_(

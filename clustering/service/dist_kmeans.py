@@ -142,8 +142,7 @@ class KMeansRun:
         all-reduce, with empty clusters also those of `clustering.service.seeds.Order.exchange_`; mean, one reduce with
         its last part.
         """
-        if self._guard is not None and self._guard.failure and not self._withdrawn:
-            self._withdraw()
+        self._withdraw_if_failed()
         kind, rank, part = self._slices[self.done]
         if kind == "assign":
             if self._shown != rank:
@@ -177,8 +176,10 @@ class KMeansRun:
         """int64 zeros (rows, D) for the gate, as many rows as the largest shard of clusters at most; until means."""
         return self._sums_XD[:rows].zero_()
 
-    def _withdraw(self) -> None:
+    def _withdraw_if_failed(self) -> None:
         """Go on as a rank without points, in place."""
+        if self._guard is None or not self._guard.failure or self._withdrawn:
+            return
         self.taking_part_P.fill_(False)
         self.counted_P.fill_(False)
         self.index_P.fill_(-1)
@@ -192,6 +193,8 @@ class KMeansRun:
             self.best_P.fill_(float("-inf"))
             self.index_P.fill_(-1)
             self._comparing.begin()
+        if rank == 0:
+            self._comparing.look(block)
         self._comparing.compare_(block, self.taking_part_P, self.best_P, self.index_P)
 
     def _put_away(self) -> None:
@@ -201,6 +204,7 @@ class KMeansRun:
     def _seed(self) -> None:
         self._put_away()
         self._attempt("assign", self._comparing.check, None)
+        self._withdraw_if_failed()
         if self.gate is None:
             self.counted_P = self._attempt("seed", lambda: self.index_P >= 0, self.counted_P)
         else:

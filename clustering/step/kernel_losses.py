@@ -139,7 +139,7 @@ def others(
     terms = Terms(
         x_ND=x_ND,
         w_CD=columns.c_SD,
-        target_N=labels_N,
+        target_N=labels_N.contiguous(),
         owner_C=columns.owner_S,
         owners=NOBODY,
         scale=1 / temperature,

@@ -1,10 +1,10 @@
 """What a training step does for each row of its batch, plainly in torch: the specification of the kernels.
 
 The same functions in Triton: `clustering.step.kernel_step` and `clustering.step.kernel_losses`. None runs a collective,
-and none makes a GPU's host wait.
+and none but `Columns.build`, once a version, makes a GPU's host wait.
 
 Legend: N rows of the global batch, M columns that one class owns at most, m of them at a time; D embedding size, K
-clusters of all ranks, S of this rank, R classes of this rank, X rows of a tensor.
+clusters of all ranks, S of this rank, s of them in a tile, R classes of this rank, X rows of a tensor.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from partial_fc.products import product
 
 TILE_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """Numbers of the largest temporary: 1 MB of float32 on a CPU core, 256 MB on a GPU."""
-
-
 NOBODY = 2**31 - 1
 """Owner of a column that takes no part: larger than any class."""
 

@@ -54,7 +54,7 @@ def decoded(records: ImageSource, most_bad: int) -> Finding:
 def epoch(records: ImageSource, config: RunConfig, ranks: int) -> Finding:
     """Steps of an epoch. Raises ConfigError or DataError, as a training would, when there is none."""
     data, train = config.data, config.train
-    batch_size, accumulation = train.share(ranks)
+    batch_size, accumulation = config.share(ranks)
     order = build_order(
         records,
         sampler=data.sampler,

@@ -31,6 +31,8 @@ def _changes(scenario: Scenario) -> Iterator[tuple[str, Change]]:
     if train.precision == "fp32" and scenario.device.cuda:
         kind = "bf16" if scenario.device.bf16 else "fp16"
         yield f"train.precision={kind}", lambda s: with_settings(s, train={"precision": kind})
+    if model.graph:
+        yield "model.graph=false", lambda s: with_settings(s, model={"graph": False})
     if model.recompute < 1:
         yield "model.recompute=1", lambda s: with_settings(s, model={"recompute": 1.0})
     if head.sample_rate > 0.1:

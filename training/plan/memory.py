@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from backbones import IMAGE_SIZE
 from clustering.service import seeds
+from clustering.service.schedule import points_at_once
 from configs.schema import ConfigError, RunConfig
 from partial_fc.tiles import KEPT_BYTES, TILE_BYTES
 from training.plan import state
@@ -189,10 +192,12 @@ def _head(config: RunConfig, sizes: Sizes, batch: int, device: Device) -> Iterat
 
 def _kernels(config: RunConfig, S: int, N: int) -> Iterator[Row]:
     """One chunk: unit centres, and in the update its sums in float32; partial sums of the forward pass."""
-    unit, partial = _forward_kernel(config, S, N)
-    yield Row(name="head: a chunk of centres", bytes=unit, when=("head", "update"))
-    yield Row(name="head: its sums", bytes=unit * (2 if config.train.precision == "bf16" else 1), when=("update",))
+    chunk, partial = _forward_kernel(config, S, N)
+    unit = min(_CHUNK, chunk)
+    yield Row(name="head: a chunk of centres", bytes=chunk, when=("head",))
     yield Row(name="head: partial sums", bytes=partial, when=("head",))
+    yield Row(name="head: a chunk of centres in the update", bytes=unit, when=("update",))
+    yield Row(name="head: its sums", bytes=unit * (2 if config.train.precision == "bf16" else 1), when=("update",))
 
 
 def _forward_kernel(config: RunConfig, S: int, N: int) -> tuple[int, int]:
@@ -247,12 +252,17 @@ def _clusters(config: RunConfig, sizes: Sizes, batch: int, device: Device) -> It
     else:
         tile = min(_CONTRAST["cuda" if device.cuda else "cpu"], N * max(64, S))
         yield Row(name="contrastive loss: a tile", bytes=2 * 4 * tile + 5 * 4 * N * D, when=("head",))
-    # The slice of a refresh that takes most: rows that are added to sums, copied, in float64 and squared; clusters,
-    # samples and candidates where empty clusters are seeded; new centres in float64; or numbers of all classes.
+    if device.cuda:
+        yield Row(name="refresh: centres as products take them", bytes=2 * D * S)
+    # The slice of a refresh that takes most: points that are compared, in float32, sorted, and in bf16; rows that are
+    # added to sums, copied, in float64 and squared; clusters, samples and candidates where empty clusters are seeded;
+    # new centres in float64; or numbers of all classes.
+    compared = 10 * D * min(points_at_once(S, torch.device("cuda")), P) if device.cuda else 0
     added = 18 * D * min(_ADDED_AT_ONCE, P)
     new = 32 * D * S
     levels = 16 * D * R + 8 * 20 * C
     slices = {
+        "points compared": compared,
         "rows added": added,
         "empty clusters seeded": _seeding(P, R, K),
         "new centres": new,

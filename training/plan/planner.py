@@ -227,7 +227,8 @@ def _parts(scenario: Scenario) -> list[Part]:
         parts.append(Part(name="clusters: bank and centres", seconds=kept, assumed=others))
     # What travels beside the backbone's work: its gradients with the last micro-batch, its weights with all of them.
     room = _HIDDEN * ((backbone - ahead) / A if state.copy_ranks(config, sizes) == 1 else backbone)
-    room *= not config.model.graph  # which hands gradients over at its end
+    if config.model.graph:  # which hands gradients over at its end
+        room = 0.0
     for one in traffic.of_step(config, sizes):
         seconds, hidden = collective_seconds(one, scenario), 0.0
         if one.what in traffic.OF_BACKBONE:
