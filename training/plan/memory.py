@@ -252,12 +252,13 @@ def _clusters(config: RunConfig, sizes: Sizes, batch: int, device: Device) -> It
     else:
         tile = min(_CONTRAST["cuda" if device.cuda else "cpu"], N * max(64, S))
         yield Row(name="contrastive loss: a tile", bytes=2 * 4 * tile + 5 * 4 * N * D, when=("head",))
-    if device.cuda:
-        yield Row(name="refresh: centres as products take them", bytes=2 * D * S)
+    # Kept from slice to slice while points are compared, and put away before the others.
+    operand = 2 * D * S if device.cuda else 0
+    yield Row(name="refresh: centres as products take them", bytes=operand, when=("backbone", "head", "update"))
     # The slice of a refresh that takes most: points that are compared, in float32, sorted, and in bf16; rows that are
     # added to sums, copied, in float64 and squared; clusters, samples and candidates where empty clusters are seeded;
     # new centres in float64; or numbers of all classes.
-    compared = 10 * D * min(points_at_once(S, torch.device("cuda")), P) if device.cuda else 0
+    compared = operand + 10 * D * min(points_at_once(S, torch.device("cuda")), P) if device.cuda else 0
     added = 18 * D * min(_ADDED_AT_ONCE, P)
     new = 32 * D * S
     levels = 16 * D * R + 8 * 20 * C
