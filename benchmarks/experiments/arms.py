@@ -74,9 +74,10 @@ _ALIGN: dict[str, Any] = {"alignment_weight": 0.1}
 SURE = "full, sure"
 AGREED = "full, agreed"
 OWN = "full, own"
-"""What the defaults of configs/clustering.py are."""
+ONE, LOOSE = "full, own, one margin", "full, own, loose smaller"
 _FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
 _AGREED: dict[str, Any] = {**_FULL, "drop_from": 0.05, "drop_kept": 0.4}
+_OWN: dict[str, Any] = {**_AGREED, "own_centres": True}
 
 
 def is_arcface(name: str) -> bool:
@@ -108,7 +109,14 @@ def arms_of(margins: tuple[float, ...]) -> dict[str, Arm]:
         OWN: Arm(
             "the same, and centres of their owners' samples alone",
             margins,
-            _clusters(**{**_AGREED, "own_centres": True}),
+            _clusters(**_OWN),
+            like="full",
+        ),
+        ONE: Arm("the same with one margin for all", margins, _clusters(**{**_OWN, "direction": 0}), like="full"),
+        LOOSE: Arm(
+            "the same with smaller margins for classes whose samples lie apart",
+            margins,
+            _clusters(**{**_OWN, "direction": -1, "purity_weight": 0.0}),
             like="full",
         ),
         "full, one margin": Arm("the same with one margin for all", margins, _clusters(**{**_FULL, "direction": 0})),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, OWN, SURE, is_arcface
+from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, LOOSE, ONE, OWN, SURE, is_arcface
 from benchmarks.experiments.plan import (
     PRIMARY_CELLS,
     WORSE_AT_MOST,
@@ -108,11 +108,11 @@ def fresh_answers(cells: Mapping[tuple[str, str], By_arm]) -> list[str]:
     lines = []
     for (kind, cell), arms in sorted(cells.items()):
         best = best_arcface(arms)
-        asked = ((AGREED, AGREED_AGAINST), (OWN, AGREED_AGAINST[1:])) if cell == PRIMARY_CELLS[0] else ()
-        for name, others in asked:
+        asked = ((AGREED, AGREED_AGAINST), (OWN, AGREED_AGAINST[1:]), (LOOSE, (ONE, OWN)))
+        for name, others in asked if cell == PRIMARY_CELLS[0] else ():
             if best and all(arm in arms for arm in (name, *others)):
                 lines += _primary(f"{kind}, {cell}, fresh seeds", arms, name, (best, *others))
-        for name in (SURE, AGREED, OWN) if cell == PRIMARY_CELLS[1] else ():
+        for name in (SURE, AGREED, OWN, LOOSE) if cell == PRIMARY_CELLS[1] else ():
             if best and (found := paired(arms, name, best)):
                 said = "no" if found.mean >= -WORSE_AT_MOST else "yes"
                 count = len(arms[name].keys() & arms[best].keys())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, OWN, SURE, Arm, arms_of, is_arcface
+from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, LOOSE, ONE, OWN, SURE, Arm, arms_of, is_arcface
 from benchmarks.experiments.fitting import Recipe
 
 
@@ -30,7 +30,7 @@ class Tier:
 
 
 _ON_IMAGES = arms_of((0.1, 0.3, 0.5))
-_DECISIVE = ("full", SURE, AGREED, OWN, *AGAINST, *AGREED_AGAINST)
+_DECISIVE = ("full", SURE, AGREED, OWN, ONE, LOOSE, *AGAINST, *AGREED_AGAINST)
 TIERS = {
     "features": Tier(arms_of((0.3, 0.5, 0.7)), batch=256, lr=0.01),
     "images": Tier(

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.experiments import plan, runs, tables
 from benchmarks.experiments.__main__ import main as experiments
-from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, OWN, SURE
+from benchmarks.experiments.arms import AGAINST, AGREED, AGREED_AGAINST, LOOSE, ONE, OWN, SURE
 from benchmarks.experiments.runs import Run
 from benchmarks.experiments.statistics import compare, holm
 from benchmarks.experiments.tiers import TIERS
@@ -34,7 +34,7 @@ def test_holm_steps_down_and_never_falls() -> None:
 
 def test_seeds_of_tuning_are_not_those_that_count() -> None:
     seeds = [*plan.TUNING_SEEDS, *(seed for round_ in (0, *plan.ROUNDS) for seed in plan.seeds_of(round_))]
-    assert len(set(seeds)) == len(seeds) == 42
+    assert len(set(seeds)) == len(seeds) == 52
 
 
 FEATURES = TIERS["features"]
@@ -54,7 +54,7 @@ def test_margins_are_chosen_on_validation_of_the_tuning_seeds_alone() -> None:
         for seed in plan.TUNING_SEEDS
     ]
     lines.append(_line("full", 0.3, 0, validation=99.0))
-    alike = ("full", AGREED, OWN)  # the others take the first one's
+    alike = ("full", AGREED, OWN, ONE, LOOSE)  # the others take the first one's
     assert plan.chosen_margins(lines, "features") == {("faces", "noise tail", name): 0.5 for name in alike}
     assert not plan.tuning_runs("features", ["faces"], ["clean"], [AGREED])
     assert plan.chosen_margins(lines[1:], "features") == {}, "not before all tries are there"
