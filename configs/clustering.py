@@ -36,8 +36,9 @@ class ClusteringConfig:
     """Moving average of the hard level over refreshes."""
     shrinkage: float = 5.0
     """a: pseudo-samples that pull the hard level of a small class to the mean."""
-    purity_weight: float = 0.7
-    """Weight of 1 - F in the hard level; the rest goes to 1 - rho, the spread within the class."""
+    purity_weight: float = 0.0
+    """Weight of 1 - F in the hard level, how far clusters and class disagree; the rest goes to 1 - rho, the spread within
+    the class, which alone was worth something to margins."""
     noise_gate: bool = True
     """Leave samples that look mislabelled out of hard level, centres and contrastive loss."""
     noise_gap: float = 0.2
@@ -57,7 +58,7 @@ class ClusteringConfig:
     """Share of all steps over which the cluster terms then grow linearly to full weight."""
     margin_rule: Literal["hard_level", "kappaface"] = "hard_level"
     """Margins from our hard level, or KappaFace's share of head.margin; that reads none of the next four settings."""
-    direction: Literal[-1, 0, 1] = 1
+    direction: Literal[-1, 0, 1] = -1
     """+1: harder classes get larger margins; -1: smaller; 0: one margin for all."""
     margin_delta: float = 0.1
     """Delta, the largest shift of a class margin before it is clipped and centred."""

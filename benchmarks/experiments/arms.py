@@ -25,6 +25,7 @@ _KAPPA_MARGINS = (0.7, 1.0, 1.3)  # their mean margin is a third to two thirds o
 _SPREAD = 0.15  # bounds of class margins about their mean
 _OFF: dict[str, Any] = {
     "direction": 0,
+    "purity_weight": 0.7,
     "contrastive_weight": 0.0,
     "alignment_weight": 0.0,
     "noise_gate": False,
@@ -75,6 +76,7 @@ SURE = "full, sure"
 AGREED = "full, agreed"
 OWN = "full, own"
 ONE, LOOSE = "full, own, one margin", "full, own, loose smaller"
+"""The last one is what the defaults of configs/clustering.py are."""
 _FULL: dict[str, Any] = {**_DROP, **_PULL, **_ALIGN, "direction": 1}
 _AGREED: dict[str, Any] = {**_FULL, "drop_from": 0.05, "drop_kept": 0.4}
 _OWN: dict[str, Any] = {**_AGREED, "own_centres": True}

@@ -27,6 +27,8 @@ SETTINGS: dict[str, Any] = {
     "warmup_fraction": 0.2,
     "ramp_fraction": 0.25,
     "margin_delta": 0.1,
+    "direction": 1,
+    "purity_weight": 0.7,
     "bank_momentum": 0.0,
     "noise_gap": 0.0,
     "drop_suspects": False,
