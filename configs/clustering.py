@@ -37,7 +37,7 @@ class ClusteringConfig:
     shrinkage: float = 5.0
     """a: pseudo-samples that pull the hard level of a small class to the mean."""
     purity_weight: float = 0.0
-    """Weight of 1 - F in the hard level, how far clusters and class disagree; the rest goes to 1 - rho, the spread within
+    """Weight of 1 - F in the hard level, how far clusters and class disagree; the rest goes to 1 - rho, the spread in
     the class, which alone was worth something to margins."""
     noise_gate: bool = True
     """Leave samples that look mislabelled out of hard level, centres and contrastive loss."""
