@@ -5,8 +5,9 @@ Legend as `backbones.base.Backbone`'s; P trained parameters.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,6 +37,17 @@ def _kind(images_B3HW: Tensor) -> tuple[object, ...]:
     return images_B3HW.shape, images_B3HW.dtype, images_B3HW.device
 
 
+@contextlib.contextmanager
+def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Passes in it leave buffers, in place, and random state as they were."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    with torch.no_grad():
+        for buffer, old in zip(module.buffers(), before, strict=True):
+            buffer.copy_(old)
+
+
 def record(backbone: nn.Module, images_B3HW: Tensor) -> Recorded:
     """Pass images through it, a few times there and back, and record that. Buffers, gradients and random state stay.
 
@@ -50,14 +62,9 @@ def record(backbone: nn.Module, images_B3HW: Tensor) -> Recorded:
     # Leaves of their own in the weights' memory. DDP keeps the nodes that add up the weights' own gradients alive, in
     # the default stream, and that stream must not wait for one that is being recorded.
     stand_ins_P = [weight.detach().requires_grad_() for weight in weights_P]
-    before = [buffer.clone() for buffer in backbone.buffers()]
-    device = images_B3HW.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+    with without_trace(backbone, images_B3HW.device), warnings.catch_warnings():
         # The stand-ins' nodes are of the stream of the first passes, and join the recording.
         warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
         graphs: Any = torch.cuda.make_graphed_callables  # whose overloads take a function's result for any object
         replay = graphs(run, (images_B3HW, *stand_ins_P))
-    with torch.no_grad():
-        for buffer, old in zip(backbone.buffers(), before, strict=True):
-            buffer.copy_(old)
     return Recorded(replay, images_B3HW, weights_P)

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import GradBucket, HashStore, Store, TCPStore
 from torch.nn.parallel import DistributedDataParallel
 
 from backbones import IMAGE_SIZE, Backbone
+from backbones.recorded import without_trace
 from configs.schema import ConfigError, TrainConfig
 from training.ranks.lost import says_a_rank_is_lost
 from training.ranks.meeting import MeetingError, meet
@@ -254,11 +255,8 @@ def _try_compiler(device: torch.device) -> None:
 
 def pass_two_images(model: Callable[[Tensor], Tensor], backbone: Backbone, device: torch.device) -> None:
     """There and back, black ones; nothing else changes. model: the backbone as it is trained."""
-    before = [buffer.clone() for buffer in backbone.buffers()]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with without_trace(backbone, device):
         model(torch.zeros(2, 3, *IMAGE_SIZE, device=device)).sum().backward()
-    for buffer, old in zip(backbone.buffers(), before, strict=True):
-        buffer.copy_(old)
     backbone.zero_grad(set_to_none=True)
 
 

@@ -24,7 +24,9 @@ class Comparing:
         self._finite = torch.ones((), dtype=torch.bool, device=x_PD.device)
         self._takers: list[int] | None = None
         """Points of each block that take part."""
-        self._shown: tuple[int, Tensor] | None = None
+        self.shown = -1
+        """Rank whose centres they are compared with; -1: none."""
+        self._rows: tuple[int, Tensor] | None = None
         self._made: tuple[Tensor, Tensor, Tensor] | None = None
 
     def begin(self) -> None:
@@ -35,12 +37,12 @@ class Comparing:
         """Others take part now."""
         self._takers = None
 
-    def show(self, first_cluster: int, shown_SD: Tensor) -> None:
+    def show(self, rank: int, first_cluster: int, shown_SD: Tensor) -> None:
         """Compare with these from now on, clusters from `first_cluster` on; a row of zeros is no centre."""
-        self._shown, self._made = (first_cluster, shown_SD), None
+        self.shown, self._rows, self._made = rank, (first_cluster, shown_SD), None
 
     def put_away(self) -> None:
-        self._shown = self._made = None
+        self.shown, self._rows, self._made = -1, None, None
 
     def check(self) -> None:
         """Raises FloatingPointError if an embedding was not finite in this pass. The host waits."""
@@ -84,8 +86,8 @@ class Comparing:
     def _those_that_exist(self) -> tuple[Tensor, Tensor, Tensor]:
         """Centres, the same as products take them, and clusters; made for the first block that asks."""
         if self._made is None:
-            assert self._shown is not None
-            first, shown_SD = self._shown
+            assert self._rows is not None
+            first, shown_SD = self._rows
             place_s = (shown_SD != 0).any(1).nonzero()[:, 0]
             centres_sD = shown_SD[place_s] if len(place_s) < len(shown_SD) else shown_SD
             # Only GPUs multiply bf16 operands into a float32 result fast.

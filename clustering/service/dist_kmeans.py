@@ -98,7 +98,6 @@ class KMeansRun:
         self._order = seeds.Order(group, device)
         # None is saved in a checkpoint: a resumed run shows the same rows and adds up the same points again.
         self._comparing = Comparing(points.x_PD, self.block, self.dtype)
-        self._shown = -1
         self._summed = (0, 0)
         self._withdrawn = False
         self.added = max(
@@ -145,10 +144,9 @@ class KMeansRun:
         self._withdraw_if_failed()
         kind, rank, part = self._slices[self.done]
         if kind == "assign":
-            if self._shown != rank:
-                self._put_away()  # its memory is free for the next rank's
-                self._comparing.show(self.shards[rank].start, self.show(rank))
-                self._shown = rank
+            if self._comparing.shown != rank:
+                self._comparing.put_away()  # its memory is free for the next rank's
+                self._comparing.show(rank, self.shards[rank].start, self.show(rank))
             self._attempt("assign", lambda: self._assign(rank, part), None)
         elif kind == "seed":
             self._seed()
@@ -197,12 +195,8 @@ class KMeansRun:
             self._comparing.look(block)
         self._comparing.compare_(block, self.taking_part_P, self.best_P, self.index_P)
 
-    def _put_away(self) -> None:
-        self._comparing.put_away()
-        self._shown = -1
-
     def _seed(self) -> None:
-        self._put_away()
+        self._comparing.put_away()
         self._attempt("assign", self._comparing.check, None)
         self._withdraw_if_failed()
         if self.gate is None:
@@ -303,7 +297,7 @@ class KMeansRun:
         seed_P = state["seed_P"].to(device)
         self.seed_point_Q = (seed_P >= 0).nonzero()[:, 0]  # ascending, as they were found
         self.seed_cluster_Q = seed_P[self.seed_point_Q]
-        self._put_away()
+        self._comparing.put_away()
         self._comparing.recount()
         self._summed = (0, 0)
         if state["cut"] == self._cut():
